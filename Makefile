@@ -1,0 +1,38 @@
+# Each target makes its own environment in .venv; a second run finds the stamp and starts at once.
+# Choose another interpreter with `make test PYTHON=python3.12`.
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test check clean
+
+demo: .venv/.runtime  ## the whole story on the embedded practice assistant
+	$(BIN)/unbraid demo
+
+test: .venv/.dev  ## every test
+	$(BIN)/python -m pytest -q
+
+check: .venv/.dev  ## style, types and the order of the rooms
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+clean:  ## remove the environment and the caches
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+# torch goes first and alone, so that its build is chosen by the pin and not by what another package asks for.
+.venv/.runtime: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "unbraid needs Python 3.11 or newer; none was found, set PYTHON=..." >&2; exit 2; }
+	@echo "Making .venv (the first run takes some minutes) ..."
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) torch
+	$(PIP) -e .
+	touch $@
+
+.venv/.dev: .venv/.runtime
+	$(PIP) -e '.[dev]'
+	touch $@
