@@ -46,7 +46,7 @@ def shared_data() -> Path:
 
 
 def _tokenizer(*, chat: bool) -> Any:
-    """A byte-level BPE tokenizer of 384 tokens: BOS, end of turn, PAD, and the two roles if it is for chat."""
+    """A byte-level BPE tokenizer of 384 tokens with BOS, end of turn, PAD, and for chat the two roles."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,1 +1,1 @@
-"""Identity, hashes and lineage of artifacts: what a folder is, what it was made from, and whether it still fits."""
+"""Identity, hashes and lineage: what an artifact is, what it was made from, and whether it still fits."""

@@ -1,4 +1,4 @@
-"""The two errors that reach a person; each message is one sentence that names the thing and says what to do."""
+"""The two errors that reach a person: one sentence that names the thing and says what to do."""
 
 from __future__ import annotations
 

@@ -9,5 +9,5 @@ class Progress(Protocol):
     """Called as work advances; rooms never print."""
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
-        """Report that `done` of `total` units are finished; `note` says what is worth seeing beside the bar."""
+        """Report that `done` of `total` units are finished; `note` is worth seeing beside the bar."""
         ...

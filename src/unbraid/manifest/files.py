@@ -1,0 +1,139 @@
+"""Writing that survives being killed: beside, to the disk, then renamed; readers see all of it or nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from unbraid.manifest.errors import UserError
+
+PARTIAL = ".partial"
+WRITING = ".writing"
+
+
+@contextmanager
+def writing(path: Path) -> Generator[Path, None, None]:
+    """Yield a temporary path beside `path`; on a clean exit flush it to disk and rename it to `path`.
+
+    For libraries that write a file themselves (Parquet, safetensors); its folder is made if it is missing.
+    On an error the temporary file is removed and whatever stood at `path` stays. Raises OSError, naming
+    `path`, when the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{os.getpid()}{WRITING}"
+    try:
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, path)
+        _flush(path.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if _disk_is_full(error):
+            raise _named(error, path) from error
+        raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file's whole content atomically (see `writing`)."""
+    with writing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically, with its newlines as they are."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, obj: Any) -> None:
+    """Write `obj` as indented JSON with sorted keys, so that equal content gives equal bytes; refuses NaN."""
+    text = json.dumps(obj, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+@contextmanager
+def building(out: Path) -> Generator[Path, None, None]:
+    """Yield the folder `.<name>.partial` beside `out`; flush it and rename it to `out` on a clean exit.
+
+    A partial folder left by a killed run is kept and yielded again, so that the caller can go on where it
+    stopped. One run at a time may hold it. Raises UserError when `out` exists already, cannot be made, or is
+    being built by another run, and OSError, naming the folder, when the disk is full.
+    """
+    out = Path(os.path.abspath(out))
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another --out or delete it")
+    partial = out.parent / f".{out.name}{PARTIAL}"
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{partial} cannot be made ({error.strerror}); choose another --out") from error
+    with _held(partial, out):
+        for stray in partial.rglob(f".*{WRITING}"):  # half a file from a killed run is no part of the result
+            stray.unlink()
+        try:
+            yield partial
+            _flush_tree(partial)
+            os.rename(partial, out)
+            _flush(out.parent)
+        except BaseException as error:
+            if partial.is_dir() and not any(partial.iterdir()):
+                shutil.rmtree(partial)  # nothing was done yet: leave no trace of a mistyped option
+            if _disk_is_full(error) and getattr(error, "filename", None) is None:
+                raise _named(error, partial) from error
+            raise
+
+
+@contextmanager
+def _held(folder: Path, out: Path) -> Generator[None, None, None]:
+    """Hold an advisory lock on a folder where the system has them; it goes when the process dies."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: two runs on one folder are not kept apart there
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise UserError(
+                    f"{out} is being written by another run; wait for it or choose another --out"
+                ) from error
+        yield
+    finally:
+        os.close(handle)
+
+
+def _flush(path: Path) -> None:
+    """Ask the system to put a file, or a folder's list of names, on the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open a folder
+        return
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _flush_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        _flush(path)
+    _flush(folder)
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    # safetensors and pyarrow report the system's refusal in errors of their own, so its words count too.
+    number = getattr(error, "errno", None)
+    return number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+
+
+def _named(error: BaseException, path: Path) -> OSError:
+    number = getattr(error, "errno", None) or errno.ENOSPC
+    advice = "the disk is full; free some space and run the same command again, what was finished is kept"
+    return OSError(number, advice, str(path))
