@@ -1,0 +1,40 @@
+"""A corpus and a model that the room's tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from unbraid.activations.documents import Document
+from unbraid.model.load import LanguageModel, load_model
+
+WORDS = ["once", "upon", "a", "time", "the", "doctor", "had", "package", "red", "ball", "wait", "Zoë", "😀"]
+
+
+def corpus(n: int, *, seed: int = 0) -> Iterator[Document]:
+    """Short and long texts in turn, the same for the same seed."""
+    rng = np.random.default_rng(seed)
+    for _ in range(n):
+        yield Document.of_text(" ".join(rng.choice(WORDS, size=int(rng.integers(1, 60)))))
+
+
+def chats(n: int, *, seed: int = 0) -> Iterator[Document]:
+    """Conversations of three turns, whose focus is the second word of the last reply."""
+    rng = np.random.default_rng(seed)
+    for _ in range(n):
+        turns = [" ".join(rng.choice(WORDS, size=int(rng.integers(2, 9)))) for _ in range(4)]
+        messages = [
+            {"role": role, "content": turn}
+            for role, turn in zip(("user", "assistant", "user", "assistant"), turns, strict=True)
+        ]
+        start = turns[-1].index(" ") + 1
+        end = (turns[-1] + " ").index(" ", start)
+        yield Document.of_messages(messages, focus=(start, end))
+
+
+@pytest.fixture(scope="session")
+def lm(tiny_llama: Path) -> LanguageModel:
+    return load_model(tiny_llama)
