@@ -10,7 +10,7 @@ from collections.abc import Mapping
 def split_of(text_or_id: str, shares: Mapping[str, float]) -> str:
     """Return the name of the split that a document belongs to.
 
-    The first 64 bits of the SHA-256 of the text pick a point in [0, 1); `shares`, laid end to end in the order
+    The first 64 bits of the SHA-256 of the text pick a point in [0, 1); `shares`, end to end in the order
     of their names, decide whose it is. The answer depends on nothing else: other documents may come and go.
     Raises ValueError unless the shares are not negative and sum to 1.
     """

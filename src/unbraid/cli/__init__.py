@@ -1,0 +1,128 @@
+"""The command line: one file a verb.
+
+A verb is a module with a function `run`; its typed arguments, or the fields of one frozen dataclass, are the
+options, and what it returns is the exit code (None is 0). To add one, write the module and add its line to
+`VERBS`. Nothing heavier than the standard library is imported before a verb is chosen.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from unbraid.manifest.errors import IntegrityError, UserError
+
+TRACEBACK = "UNBRAID_TRACEBACK"
+
+
+class Verb(NamedTuple):
+    """Where a verb lives and what it does, in one line."""
+
+    module: str
+    """Module whose function `run` is the verb."""
+    help: str
+    """What it does, for the list of verbs."""
+
+
+VERBS: dict[str, Verb] = {
+    "verify": Verb("unbraid.cli.verify", "check every artifact below a folder, and what each was made from"),
+}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 2 for the user's mistake, 1 for a failed run, else 0.
+
+    `args` are the words after `unbraid`; None takes them from the process. Errors are one line on stderr;
+    setting UNBRAID_TRACEBACK=1 shows where an unexpected one came from.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    try:
+        return _dispatch(words)
+    except UserError as error:
+        return _complain(error, 2)
+    except IntegrityError as error:
+        return _complain(error, 1)
+    except KeyboardInterrupt:
+        _say("stopped; run the same command again to go on")
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        return _complain(error, 1, f"{place}{error.strerror or error}")
+    except Exception as error:
+        return _complain(error, 1, f"{type(error).__name__}: {error} (set {TRACEBACK}=1 to see where)")
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if words else 2
+    if words[0] == "--version":
+        from unbraid import __version__
+
+        print(f"unbraid {__version__}")
+        return 0
+    name, rest = words[0], words[1:]
+    if name not in VERBS:
+        near = difflib.get_close_matches(name, VERBS, n=1)
+        advice = f"did you mean {near[0]}?" if near else "`unbraid --help` lists the verbs"
+        raise UserError(f"there is no verb {name!r}; {advice}")
+    return _run(name, rest)
+
+
+def _run(name: str, rest: list[str]) -> int:
+    """Read a verb's options with tyro and run it."""
+    import tyro
+
+    verb = VERBS[name]
+    run: Callable[..., int | None] = importlib.import_module(verb.module).run
+    try:
+        code = tyro.cli(
+            run,
+            prog=f"unbraid {name}",
+            description=verb.help[0].upper() + verb.help[1:] + ".",
+            args=rest,
+            config=(
+                tyro.conf.OmitArgPrefixes,  # --model, not --options.model
+                tyro.conf.FlagCreatePairsOff,  # --json alone, no --no-json
+                tyro.conf.PositionalMetavarFromFieldName,
+            ),
+        )
+    except SystemExit as leaving:  # tyro has shown its help (0) or what is wrong with the options (2)
+        return leaving.code if isinstance(leaving.code, int) else 1
+    return code or 0
+
+
+def _usage() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {name:<{width}}  {verb.help}" for name, verb in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: unbraid VERB [options]",
+            "",
+            "Unbraid a language model's activations into features you can read, test and control.",
+            "",
+            *lines,
+            "",
+            "`unbraid VERB --help` shows the options of a verb.",
+        ]
+    )
+
+
+def _complain(error: BaseException, code: int, message: str | None = None) -> int:
+    if os.environ.get(TRACEBACK) == "1":
+        import traceback
+
+        traceback.print_exception(error)
+    _say(message or str(error))
+    return code
+
+
+def _say(message: str) -> None:
+    print("unbraid: " + " ".join(message.split()), file=sys.stderr)

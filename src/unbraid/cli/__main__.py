@@ -1,0 +1,10 @@
+"""`python -m unbraid.cli` is `unbraid`."""
+
+from __future__ import annotations
+
+import sys
+
+from unbraid.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""The command line's manners: exit codes, one-line errors, and a quick start."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+
+import pytest
+
+import unbraid
+from unbraid import cli
+from unbraid.manifest.errors import IntegrityError, UserError
+
+
+@pytest.fixture
+def verb(monkeypatch: pytest.MonkeyPatch):
+    """Add a verb `try` whose `run` is given by the test."""
+
+    def add(run) -> None:
+        module = types.ModuleType("unbraid_try")
+        module.run = run
+        monkeypatch.setitem(sys.modules, "unbraid_try", module)
+        monkeypatch.setitem(cli.VERBS, "try", cli.Verb("unbraid_try", "try something"))
+
+    return add
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (
+            UserError("k is 9 but\nthe SAE has 4 latents; choose a smaller --k"),
+            2,
+            "unbraid: k is 9 but the SAE has",
+        ),
+        (IntegrityError("sae/w was changed"), 1, "unbraid: sae/w was changed"),
+        (OSError(28, "the disk is full", "out/shard"), 1, "unbraid: out/shard: the disk is full"),
+        (RuntimeError("out of memory"), 1, "unbraid: RuntimeError: out of memory (set UNBRAID_TRACEBACK=1"),
+        (KeyboardInterrupt(), 130, "unbraid: stopped"),
+    ],
+)
+def test_every_error_is_one_line_with_its_exit_code(
+    verb, capsys, error: BaseException, code: int, line: str
+) -> None:
+    def run() -> None:
+        raise error
+
+    verb(run)
+    assert cli.main(["try"]) == code
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(line) and printed.err.count("\n") == 1
+
+
+def test_the_traceback_can_be_seen(verb, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> None:
+        raise RuntimeError("deep down")
+
+    verb(run)
+    monkeypatch.setenv(cli.TRACEBACK, "1")
+    assert cli.main(["try"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_options_are_read_and_the_exit_code_is_what_run_returns(verb) -> None:
+    seen = []
+
+    def run(width: int, json: bool = False) -> int:
+        seen.append((width, json))
+        return 3
+
+    verb(run)
+    assert cli.main(["try", "--width", "8", "--json"]) == 3
+    assert seen == [(8, True)]
+
+
+def test_wrong_options_exit_with_two(verb, capsys) -> None:
+    verb(lambda: None)
+    assert cli.main(["try", "--widht", "8"]) == 2
+    assert "--widht" in capsys.readouterr().err
+
+
+def test_an_unknown_verb_is_named_with_the_nearest(capsys) -> None:
+    assert cli.main(["verfy"]) == 2
+    assert capsys.readouterr().err == "unbraid: there is no verb 'verfy'; did you mean verify?\n"
+    assert cli.main(["zzzzzz"]) == 2
+
+
+def test_help_lists_every_verb_and_each_verb_has_its_own(capsys) -> None:
+    assert cli.main(["--help"]) == 0
+    listed = capsys.readouterr().out
+    for name, verb in cli.VERBS.items():
+        assert f"  {name} " in listed and verb.help in listed
+        assert cli.main([name, "--help"]) == 0
+        assert f"usage: unbraid {name}" in capsys.readouterr().out
+
+
+def test_no_verb_is_the_users_mistake(capsys) -> None:
+    assert cli.main([]) == 2
+    assert "usage: unbraid" in capsys.readouterr().out
+
+
+def test_version(capsys) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"unbraid {unbraid.__version__}\n"
+
+
+def test_help_starts_without_heavy_imports() -> None:
+    code = (
+        "import sys; from unbraid.cli import main; main(['--help']);"
+        "print([m for m in ('torch', 'numpy', 'tyro', 'rich') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_closed_pipe_is_no_crash(verb) -> None:
+    command = f"{sys.executable} -m unbraid.cli --help | head -c 5"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.stdout == "usage" and "Traceback" not in done.stderr
