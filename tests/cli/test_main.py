@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import types
+from dataclasses import dataclass
 
 import pytest
 
@@ -73,6 +74,29 @@ def test_options_are_read_and_the_exit_code_is_what_run_returns(verb) -> None:
     verb(run)
     assert cli.main(["try", "--width", "8", "--json"]) == 3
     assert seen == [(8, True)]
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train it."""
+
+    width: int
+    """How wide."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """Check it."""
+
+
+def test_a_verb_may_have_verbs_of_its_own(verb, capsys) -> None:
+    seen = []
+    verb(seen.append)
+    sys.modules["unbraid_try"].Options = Train | Check
+    assert cli.main(["try", "train", "--width", "8"]) == 0
+    assert cli.main(["try", "check"]) == 0
+    assert seen == [Train(8), Check()]
+    assert cli.main(["try"]) == 2
 
 
 def test_wrong_options_exit_with_two(verb, capsys) -> None:

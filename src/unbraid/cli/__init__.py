@@ -1,8 +1,9 @@
 """The command line: one file a verb.
 
-A verb is a module with a function `run`; its typed arguments, or the fields of one frozen dataclass, are the
-options, and what it returns is the exit code (None is 0). To add one, write the module and add its line to
-`VERBS`. Nothing heavier than the standard library is imported before a verb is chosen.
+A verb is a module with `Options`, a frozen dataclass (a union of them for a verb with verbs of its own), and
+`run(options)`, whose result is the exit code (None is 0). A verb with few options may leave `Options` out and
+take them as typed arguments of `run`. To add a verb, write the module and add its line to `VERBS`. Nothing
+heavier than the standard library is imported before a verb is chosen.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from unbraid.manifest.errors import IntegrityError, UserError
 
@@ -23,7 +24,7 @@ class Verb(NamedTuple):
     """Where a verb lives and what it does, in one line."""
 
     module: str
-    """Module whose function `run` is the verb."""
+    """Module with the verb's `Options` and `run`."""
     help: str
     """What it does, for the list of verbs."""
 
@@ -81,10 +82,12 @@ def _run(name: str, rest: list[str]) -> int:
     import tyro
 
     verb = VERBS[name]
-    run: Callable[..., int | None] = importlib.import_module(verb.module).run
+    module = importlib.import_module(verb.module)
+    run: Callable[..., int | None] = module.run
+    options: Any = getattr(module, "Options", None)
     try:
-        code = tyro.cli(
-            run,
+        read = tyro.cli(
+            options or run,
             prog=f"unbraid {name}",
             description=verb.help[0].upper() + verb.help[1:] + ".",
             args=rest,
@@ -96,7 +99,7 @@ def _run(name: str, rest: list[str]) -> int:
         )
     except SystemExit as leaving:  # tyro has shown its help (0) or what is wrong with the options (2)
         return leaving.code if isinstance(leaving.code, int) else 1
-    return code or 0
+    return (run(read) if options else read) or 0
 
 
 def _usage() -> str:
