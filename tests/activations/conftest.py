@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +14,13 @@ from unbraid.model.load import LanguageModel, load_model
 WORDS = ["once", "upon", "a", "time", "the", "doctor", "had", "package", "red", "ball", "wait", "Zoë", "😀"]
 
 
-def corpus(n: int, *, seed: int = 0) -> Iterator[Document]:
-    """Short and long texts in turn, the same for the same seed."""
+def _texts(n: int, seed: int = 0) -> Iterator[Document]:
     rng = np.random.default_rng(seed)
     for _ in range(n):
         yield Document.of_text(" ".join(rng.choice(WORDS, size=int(rng.integers(1, 60)))))
 
 
-def chats(n: int, *, seed: int = 0) -> Iterator[Document]:
-    """Conversations of three turns, whose focus is the second word of the last reply."""
+def _chats(n: int, seed: int = 0) -> Iterator[Document]:
     rng = np.random.default_rng(seed)
     for _ in range(n):
         turns = [" ".join(rng.choice(WORDS, size=int(rng.integers(2, 9)))) for _ in range(4)]
@@ -31,8 +29,19 @@ def chats(n: int, *, seed: int = 0) -> Iterator[Document]:
             for role, turn in zip(("user", "assistant", "user", "assistant"), turns, strict=True)
         ]
         start = turns[-1].index(" ") + 1
-        end = (turns[-1] + " ").index(" ", start)
-        yield Document.of_messages(messages, focus=(start, end))
+        yield Document.of_messages(messages, focus=(start, (turns[-1] + " ").index(" ", start)))
+
+
+@pytest.fixture(scope="session")
+def texts() -> Callable[..., Iterator[Document]]:
+    """Makes n short and long texts, the same for the same seed."""
+    return _texts
+
+
+@pytest.fixture(scope="session")
+def chats() -> Callable[..., Iterator[Document]]:
+    """Makes n conversations of four turns whose focus is the second word of the last reply."""
+    return _chats
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,216 @@
+"""Read a model's activations over a corpus into shards on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unbraid.activations.plan import Piece, Plan
+from unbraid.activations.shards import ShardWriter
+from unbraid.activations.store import KIND, ActivationStore
+from unbraid.activations.text import Document, Positions
+from unbraid.manifest.errors import UserError
+from unbraid.manifest.files import building
+from unbraid.manifest.progress import Progress
+from unbraid.manifest.record import write_manifest
+from unbraid.model.load import LanguageModel
+from unbraid.model.read import read_sites
+from unbraid.model.sites import Site
+
+LARGEST_FLOAT16 = 65504.0
+
+
+@dataclass(frozen=True)
+class CaptureConfig:
+    """What to capture and how."""
+
+    sites: tuple[Site, ...]
+    """Places in the model to read, all in one pass (names are parsed)."""
+    tokens: int | None = None
+    """Tokens to capture, exactly, in the corpus' order; None means the whole corpus."""
+    context: int = 256
+    """Tokens the model reads at once; a longer document is cut into windows of this length."""
+    batch_tokens: int = 4096
+    """Tokens in a padded batch."""
+    positions: Positions = "all"
+    """Which tokens are kept: all, or those of assistant replies, or those of the documents' focus."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """How activations are stored."""
+    shard_tokens: int = 32768
+    """Tokens in a shard; a killed run loses at most this many."""
+
+    def __post_init__(self) -> None:
+        sites = tuple(Site.parse(site) for site in self.sites)
+        object.__setattr__(self, "sites", sites)
+        if not sites or len(set(sites)) < len(sites):
+            raise UserError("no --site is given, or one is given twice; give each site to capture once")
+        for name in ("tokens", "context", "batch_tokens", "shard_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}; choose a --{name.replace('_', '-')} of at least 1")
+        for name, known in (("positions", ("all", "reply", "focus")), ("dtype", ("float16", "float32"))):
+            if (value := getattr(self, name)) not in known:
+                raise UserError(f"{name} {value!r} is not known; choose --{name} from {', '.join(known)}")
+
+
+def capture(
+    lm: LanguageModel,
+    documents: Iterable[Document],
+    config: CaptureConfig,
+    out: Path | str,
+    *,
+    seed: int = 0,
+    command: str = "",
+    progress: Progress | None = None,
+) -> ActivationStore:
+    """Read `documents` through the model and store the activations of their tokens in the folder `out`.
+
+    BOS, EOS and PAD are never captured. A document longer than the context becomes several windows under
+    one document id. Killed and called again with the same arguments, it goes on after the last finished
+    shard, and the files come out byte for byte as if it had never been killed (same machine and versions).
+    Nothing is drawn at random; `seed` is only recorded. Memory does not grow with the corpus.
+
+    Raises UserError when `out` exists, a site or context does not fit the model, no token is found, a value
+    does not fit the stored type, or a partial run in the way was made with other settings or documents;
+    IntegrityError when a finished shard of a partial run is damaged.
+    """
+    _fits(lm, config)
+    with building(Path(out)) as folder:
+        plan = Plan(lm, documents, config.context, config.batch_tokens, config.positions, config.tokens)
+        writer = ShardWriter(
+            folder, _settings(lm, config), names=[str(site) for site in config.sites], width=lm.d_in
+        )
+        try:
+            _run(lm, plan, config, writer, progress)
+        except BaseException as error:
+            writer.abandon(clear=isinstance(error, UserError))
+            raise
+        write_manifest(
+            folder,
+            kind=KIND,
+            command=command,
+            seed=seed,
+            inputs={"model": lm.id, "tokenizer": lm.tokenizer_id, "corpus": plan.corpus},
+            facts={
+                "model": lm.name,
+                "sites": [str(site) for site in config.sites],
+                "d_in": lm.d_in,
+                "tokens": writer.rows,
+                "documents": plan.read,
+                "context": config.context,
+                "positions": config.positions,
+                "dtype": config.dtype,
+                "shard_tokens": config.shard_tokens,
+                "read": plan.digest,
+            },
+        )
+    return ActivationStore(out)
+
+
+def _run(
+    lm: LanguageModel, plan: Plan, config: CaptureConfig, writer: ShardWriter, progress: Progress | None
+) -> None:
+    for group in plan:
+        writer.add_documents(group.records)
+        for batch in group.batches:
+            rows = sum(piece.rows for piece in batch)
+            old = min(rows, max(writer.finished - writer.rows, 0))
+            writer.skip(old, group.digest)
+            if old < rows:
+                values, columns = _read(lm, batch, config)
+                writer.add(
+                    {name: tensor[old:] for name, tensor in values.items()},
+                    {name: tensor[old:] for name, tensor in columns.items()},
+                    group.digest,
+                )
+            if progress is not None:
+                # Without a budget the end is unknown: the total grows with what has been tokenised.
+                progress(writer.rows, config.tokens or plan.planned, f"{plan.read} documents read")
+    if not plan.read:
+        raise UserError("the corpus holds no documents; give a file with at least one")
+    if not plan.planned:
+        wanted = {"all": "token", "reply": "token of an assistant's reply", "focus": "token in a focus"}
+        raise UserError(
+            f"the corpus holds no {wanted[config.positions]}; give another --text or choose other --positions"
+        )
+    writer.close()
+
+
+def _read(
+    lm: LanguageModel, batch: list[Piece], config: CaptureConfig
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Activations (n, d) by site and the columns (n,), for the batch's n wanted tokens, piece after piece."""
+    shape = (len(batch), max(len(piece.window.input_ids) for piece in batch))
+    ids = np.full(shape, lm.pad_id, dtype=np.int64)
+    # Padding stands on the right, where a causal model's real tokens never look.
+    mask, keep = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.bool_)
+    documents, positions = np.zeros(shape, dtype=np.int32), np.zeros(shape, dtype=np.int32)
+    for row, piece in enumerate(batch):
+        length = len(piece.window.input_ids)
+        ids[row, :length] = piece.window.input_ids
+        mask[row, :length] = 1
+        keep[row, :length] = piece.keep
+        documents[row] = piece.document
+        positions[row, :length] = piece.window.positions
+    read = read_sites(
+        lm, torch.from_numpy(ids).to(lm.device), torch.from_numpy(mask).to(lm.device), list(config.sites)
+    )
+    wanted = torch.from_numpy(keep)
+    values: dict[str, Tensor] = {}
+    for site in config.sites:
+        rows = read[site][wanted.to(read[site].device)]
+        _check_range(rows, site, config, batch)
+        values[str(site)] = rows.to(getattr(torch, config.dtype)).cpu()
+    columns = {"tokens": ids.astype(np.int32), "documents": documents, "positions": positions}
+    return values, {name: torch.from_numpy(column[keep]) for name, column in columns.items()}
+
+
+def _check_range(rows: Tensor, site: Site, config: CaptureConfig, batch: list[Piece]) -> None:
+    """Refuse values that the stored type cannot hold: a silent infinity would poison all that follows."""
+    largest = rows.abs().amax(dim=1).float() if len(rows) else torch.zeros(1)
+    finite = bool(torch.isfinite(largest).all())
+    if finite and (config.dtype == "float32" or float(largest.max()) <= LARGEST_FLOAT16):
+        return
+    worst = int((torch.nan_to_num(largest, nan=torch.inf)).argmax())
+    ids = np.repeat([piece.window.id for piece in batch], [piece.rows for piece in batch])
+    where = f"at {site} in document {ids[worst]}"
+    if not finite:
+        raise UserError(f"the model gives a value that is not finite {where}; load it with another dtype")
+    raise UserError(
+        f"the value {float(largest[worst]):.6g} {where} is beyond float16's {LARGEST_FLOAT16:.0f};"
+        " capture with --dtype float32 into another --out"
+    )
+
+
+def _fits(lm: LanguageModel, config: CaptureConfig) -> None:
+    for site in config.sites:
+        lm.layout.require(site)
+    if lm.context is not None and config.context > lm.context:
+        raise UserError(
+            f"context {config.context} is longer than the {lm.context} tokens {lm.name} can read; choose a"
+            " shorter --context"
+        )
+
+
+def _settings(lm: LanguageModel, config: CaptureConfig) -> dict[str, Any]:
+    """All that the bytes of a shard depend on but the documents."""
+    return {
+        "model": lm.id,
+        "tokenizer": lm.tokenizer_id,
+        "computed": str(lm.model.dtype).removeprefix("torch."),
+        "device": torch.device(lm.device).type,
+        "torch": torch.__version__,
+        "sites": [str(site) for site in config.sites],
+        "tokens": config.tokens,
+        "context": config.context,
+        "batch_tokens": config.batch_tokens,
+        "positions": config.positions,
+        "dtype": config.dtype,
+        "shard_tokens": config.shard_tokens,
+    }

@@ -1,0 +1,145 @@
+"""Captured activations on disk, opened for reading."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from unbraid.activations.shards import COLUMNS, DOCUMENTS, shard_name
+from unbraid.manifest.errors import IntegrityError, UserError
+from unbraid.manifest.record import Manifest, check_files, read_manifest
+from unbraid.model.sites import Site
+
+KIND = "activations"
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """Where each row of a shard comes from; all (n,) int32."""
+
+    tokens: Tensor
+    """Token ids."""
+    documents: Tensor
+    """Index of the document: its line in documents.jsonl, from 0."""
+    positions: Tensor
+    """Index of the token in its whole document's tokens, BOS included."""
+
+
+class ActivationStore:
+    """A finished capture. Shards are memory-mapped and read piece by piece, never all at once."""
+
+    def __init__(self, folder: Path | str, *, check: bool = False) -> None:
+        """Open a folder; sizes of all files are compared with the manifest, and with `check` their hashes.
+
+        Raises UserError when it holds no activations, IntegrityError naming the file that does not match.
+        """
+        self.folder = Path(folder)
+        self.manifest: Manifest = read_manifest(self.folder, kind=KIND)
+        for name, entry in self.manifest.files.items():
+            path = self.folder / name
+            if not path.is_file():
+                raise IntegrityError(f"{path} is missing; restore it or capture again")
+            if (size := path.stat().st_size) != entry.bytes:
+                raise IntegrityError(
+                    f"{path} has {size} bytes where its manifest lists {entry.bytes}; restore it or capture"
+                    " again"
+                )
+        if check:
+            check_files(self.folder)
+        facts = self.manifest.facts
+        self.sites: tuple[Site, ...] = tuple(Site.parse(name) for name in facts["sites"])
+        self.n_tokens: int = facts["tokens"]
+        """Rows in all shards together."""
+        self.n_documents: int = facts["documents"]
+        """Documents read, those without a captured token included."""
+        self.shard_tokens: int = facts["shard_tokens"]
+        """Rows in every shard but the last."""
+        count = -(-self.n_tokens // self.shard_tokens)
+        self.shards: tuple[Path, ...] = tuple(self.folder / shard_name(i) for i in range(count))
+        for shard in self.shards:
+            if shard.name not in self.manifest.files:
+                raise IntegrityError(f"{shard} is not listed in the manifest; capture again")
+
+    @property
+    def id(self) -> str:
+        """The artifact's content id."""
+        return self.manifest.id
+
+    @property
+    def model_name(self) -> str:
+        """Name of the model that was read."""
+        return self.manifest.facts["model"]
+
+    @property
+    def model_id(self) -> str:
+        """Content id of that model's weights."""
+        return self.manifest.inputs["model"]
+
+    @property
+    def tokenizer_id(self) -> str:
+        """Content id of its tokenizer."""
+        return self.manifest.inputs["tokenizer"]
+
+    @property
+    def context(self) -> int:
+        """Tokens the model read at once."""
+        return self.manifest.facts["context"]
+
+    @property
+    def positions(self) -> str:
+        """Which tokens were kept: all, reply or focus."""
+        return self.manifest.facts["positions"]
+
+    @property
+    def dtype(self) -> str:
+        """How values are stored: float16 or float32."""
+        return self.manifest.facts["dtype"]
+
+    def site(self, site: Site | str) -> Site:
+        """The captured site of that name; raises UserError listing what was captured when there is none."""
+        found = Site.parse(site)
+        if found not in self.sites:
+            known = ", ".join(map(str, self.sites))
+            raise UserError(f"{self.folder} holds no site {found}; choose one of {known}")
+        return found
+
+    def d_in(self, site: Site | str) -> int:
+        """Width of a site's activations."""
+        self.site(site)
+        return self.manifest.facts["d_in"]
+
+    def rows(self, shard: int) -> int:
+        """Number of rows in a shard."""
+        return min(self.shard_tokens, self.n_tokens - shard * self.shard_tokens)
+
+    def read(self, site: Site | str, shard: int, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows [start, stop) of a site in a shard: (n, d_in) in the stored type."""
+        return self._slices(shard, [str(self.site(site))], start, stop)[0]
+
+    def columns(self, shard: int) -> Columns:
+        """Where a shard's rows come from."""
+        return Columns(*self._slices(shard, list(COLUMNS), 0, None))
+
+    def documents(self) -> Iterator[dict[str, Any]]:
+        """The documents in the order of their indices: id, tokens, captured."""
+        with (self.folder / DOCUMENTS).open(encoding="utf-8") as file:
+            for line in file:
+                yield json.loads(line)
+
+    def _slices(self, shard: int, names: list[str], start: int, stop: int | None) -> list[Tensor]:
+        path = self.shards[shard]
+        stop = self.rows(shard) if stop is None else stop
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = [file.get_slice(name)[start:stop] for name in names]
+        except (SafetensorError, OSError) as error:
+            raise IntegrityError(f"{path} cannot be read ({error}); restore it or capture again") from error
+        if any(len(tensor) != stop - start for tensor in found):
+            raise IntegrityError(f"{path} has fewer rows than its manifest says; restore it or capture again")
+        return found

@@ -1,0 +1,148 @@
+"""Activations in a shuffled order, from disk, in bounded memory.
+
+Tokens of one document are alike and lie side by side. A group of `buffer_shards` shards' worth of rows is
+therefore gathered from many short runs all over the store, and its rows are dealt out in random order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from unbraid.activations.store import ActivationStore
+from unbraid.manifest.errors import UserError
+from unbraid.model.sites import Site
+
+# Rows of a run: long enough to read in one go, short enough that a buffer mixes hundreds of places.
+RUN_ROWS = 256
+
+
+def batches(
+    store: ActivationStore,
+    site: Site | str,
+    batch_size: int,
+    *,
+    seed: int,
+    epochs: int | None = None,
+    steps: int | None = None,
+    start: int = 0,
+    buffer_shards: int = 4,
+    device: str | torch.device = "cpu",
+) -> Iterator[Tensor]:
+    """Shuffled batches (batch_size, d_in) in float32, the same for the same seed.
+
+    Give `epochs` or `steps`, not both. Every epoch delivers every row exactly once; a batch may reach over
+    the end of an epoch into the next, and only the very last one of `epochs` may be shorter. `steps` counts
+    batches from the first, and the first `start` batches are left out without being read, so that
+    `start=n` continues exactly where n batches ended. Memory: `buffer_shards` shards of one site as stored.
+
+    Raises UserError for an unknown site or a store without rows, ValueError for impossible numbers.
+    """
+    if (epochs is None) == (steps is None):
+        raise ValueError("give either epochs or steps")
+    if batch_size < 1 or buffer_shards < 1 or start < 0 or (epochs or steps or 0) < 0:
+        raise ValueError(
+            "batch_size and buffer_shards must be at least 1, start, epochs and steps at least 0"
+        )
+    found = store.site(site)
+    if not store.n_tokens:
+        raise UserError(f"{store.folder} holds no rows; capture some tokens")
+    total = store.n_tokens * epochs if epochs is not None else batch_size * (steps or 0)
+    shuffle = Shuffle.of(store, seed, buffer_shards)
+
+    row = start * batch_size
+    parts: list[Tensor] = []
+    ready = 0
+    while row < total:
+        group, offset = shuffle.find(row)
+        order = shuffle.order(group)
+        buffer = _gather(store, found, shuffle.runs(group))
+        while offset < len(order) and row < total:
+            take = min(batch_size - ready, len(order) - offset, total - row)
+            parts.append(buffer[order[offset : offset + take]])
+            ready, offset, row = ready + take, offset + take, row + take
+            if ready == batch_size or row == total:
+                yield torch.cat(parts).to(device=device, dtype=torch.float32)
+                parts, ready = [], 0
+        del buffer  # before the next group is read: memory is one buffer, not two
+
+
+@dataclass(frozen=True)
+class Group:
+    """One bufferful: which epoch and which stretch of that epoch's shuffled runs."""
+
+    epoch: int
+    index: int
+
+
+@dataclass
+class Shuffle:
+    """The order of all rows, computed where it is needed: nothing before `start` has to be replayed."""
+
+    starts: NDArray[np.int64]
+    """First row of each run (n_runs,), in the store's order; a run never crosses a shard."""
+    lengths: NDArray[np.int64]
+    """Rows of each run (n_runs,)."""
+    rows: int
+    """Rows in an epoch."""
+    seed: int
+    """Seed of every permutation."""
+    per_group: int
+    """Runs in a group."""
+    _epoch: tuple[int, NDArray[np.int64]] | None = None
+
+    @classmethod
+    def of(cls, store: ActivationStore, seed: int, buffer_shards: int) -> Shuffle:
+        """The shuffle of a store."""
+        whole = np.arange(0, store.n_tokens, store.shard_tokens, dtype=np.int64)
+        within = np.arange(0, store.shard_tokens, RUN_ROWS, dtype=np.int64)
+        starts = (whole[:, None] + within[None, :]).reshape(-1)
+        starts = starts[starts < store.n_tokens]
+        # Within a shard a run ends where the next one starts, which is also where the next shard starts.
+        lengths = np.diff(np.append(starts, store.n_tokens))
+        return cls(starts, lengths, store.n_tokens, seed, buffer_shards * len(within))
+
+    def find(self, row: int) -> tuple[Group, int]:
+        """The group that deals out the stream's row of that number, and the row's place in the group."""
+        epoch, rest = divmod(row, self.rows)
+        sizes = np.add.reduceat(
+            self.lengths[self._runs_of(epoch)], np.arange(0, len(self.starts), self.per_group)
+        )
+        ends = np.cumsum(sizes)
+        index = int(np.searchsorted(ends, rest, side="right"))
+        return Group(epoch, index), int(rest - (ends[index] - sizes[index]))
+
+    def runs(self, group: Group) -> list[tuple[int, int]]:
+        """(first row, rows) of a group's runs, in the store's order."""
+        low = group.index * self.per_group
+        chosen = np.sort(self._runs_of(group.epoch)[low : low + self.per_group])
+        return list(zip(self.starts[chosen].tolist(), self.lengths[chosen].tolist(), strict=True))
+
+    def order(self, group: Group) -> NDArray[np.int64]:
+        """The order (n,) in which a group's rows are dealt out."""
+        n = sum(length for _, length in self.runs(group))
+        return np.random.default_rng([self.seed, group.epoch, 1, group.index]).permutation(n)
+
+    def _runs_of(self, epoch: int) -> NDArray[np.int64]:
+        if self._epoch is None or self._epoch[0] != epoch:
+            order = np.random.default_rng([self.seed, epoch, 0]).permutation(len(self.starts))
+            self._epoch = (epoch, order)
+        return self._epoch[1]
+
+
+def _gather(store: ActivationStore, site: Site, runs: list[tuple[int, int]]) -> Tensor:
+    """The runs' rows one after another (n, d_in), in the stored type."""
+    d_in = store.d_in(site)
+    dtype = getattr(torch, store.dtype)
+    buffer = torch.empty((sum(length for _, length in runs), d_in), dtype=dtype)
+    filled = 0
+    for first, length in runs:
+        shard, inside = divmod(first, store.shard_tokens)
+        buffer[filled : filled + length] = store.read(site, shard, inside, inside + length)
+        filled += length
+    return buffer

@@ -1,0 +1,350 @@
+"""Captured activations are the model's own, to the token, and nothing is overwritten or passed over."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from unbraid.activations import capture as room
+from unbraid.activations.capture import CaptureConfig, capture
+from unbraid.activations.plan import Plan, batched
+from unbraid.activations.store import ActivationStore
+from unbraid.activations.text import Document, tokenise, windows
+from unbraid.manifest.errors import IntegrityError, UserError
+from unbraid.model.load import LanguageModel, load_model
+from unbraid.model.read import read_sites
+from unbraid.model.sites import Site
+
+Make = Callable[..., Iterator[Document]]
+SITE = Site(1, "resid_post")
+SMALL = CaptureConfig((SITE,), context=64, batch_tokens=256, dtype="float32", shard_tokens=300)
+
+
+def everything(store: ActivationStore, site: Site = SITE) -> tuple[torch.Tensor, torch.Tensor]:
+    """All values (n, d) and the columns (n, 3): document, position, token."""
+    columns = [store.columns(i) for i in range(len(store.shards))]
+    table = [torch.stack([c.documents, c.positions, c.tokens], dim=1) for c in columns]
+    return torch.cat([store.read(site, i) for i in range(len(store.shards))]), torch.cat(table)
+
+
+@pytest.mark.parametrize("positions", ["all", "reply", "focus"])
+def test_every_wanted_token_is_stored_once_with_the_models_value(
+    lm: LanguageModel, chats: Make, tmp_path: Path, positions: Any
+) -> None:
+    sites = (SITE, Site(2, "attn_out"))
+    config = dataclasses.replace(SMALL, sites=sites, positions=positions)
+    documents = list(chats(30))
+    store = capture(lm, documents, config, tmp_path / "out")
+    values, table = everything(store)
+    second, _ = everything(store, sites[1])
+    assert store.n_tokens == len(values) == len(table) and store.n_documents == 30
+    row = {tuple(place): i for i, place in enumerate(table.tolist())}
+    assert len(row) == len(table)
+    wanted = 0
+    for index, document in enumerate(documents):
+        for window in windows(lm, document, config.context):
+            ids = torch.tensor([window.input_ids])
+            alone = read_sites(lm, ids, torch.ones_like(ids), list(sites))
+            for place in window.captured(positions).nonzero()[0].tolist():
+                i = row[(index, window.positions[place], window.input_ids[place])]
+                # Equal to a run by itself up to the rounding of a batched matrix product.
+                torch.testing.assert_close(values[i], alone[SITE][0, place], rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(second[i], alone[sites[1]][0, place], rtol=1e-4, atol=1e-4)
+                wanted += 1
+    assert wanted == len(table)
+
+
+def test_special_tokens_are_not_stored(lm: LanguageModel, chats: Make, tmp_path: Path) -> None:
+    _, table = everything(capture(lm, chats(10), SMALL, tmp_path / "out"))
+    tokenizer = lm.tokenizer
+    forbidden = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    assert not forbidden & set(table[:, 2].tolist())
+
+
+@pytest.mark.parametrize("tokens", [1, 299, 300, 301, 777])
+def test_the_budget_is_exact_and_taken_in_the_corpus_order(
+    lm: LanguageModel, texts: Make, tmp_path: Path, tokens: int
+) -> None:
+    store = capture(lm, texts(100), dataclasses.replace(SMALL, tokens=tokens), tmp_path / "out")
+    _, table = everything(store)
+    assert store.n_tokens == len(table) == tokens
+    assert [store.rows(i) for i in range(len(store.shards))] == [
+        min(300, tokens - start) for start in range(0, tokens, 300)
+    ]
+    first: list[tuple[int, int]] = []
+    for index, document in enumerate(texts(100)):
+        for window in windows(lm, document, SMALL.context):
+            kept = zip(window.positions, window.captured("all"), strict=True)
+            first += [(index, position) for position, keep in kept if keep]
+    assert sorted(map(tuple, table[:, :2].tolist())) == first[:tokens]
+    assert sum(record["captured"] for record in store.documents()) == tokens
+
+
+def test_a_budget_beyond_the_corpus_takes_the_whole_corpus(
+    lm: LanguageModel, texts: Make, tmp_path: Path
+) -> None:
+    whole = capture(lm, texts(5), SMALL, tmp_path / "whole")
+    more = capture(lm, texts(5), dataclasses.replace(SMALL, tokens=10**6), tmp_path / "more")
+    assert more.n_tokens == whole.n_tokens
+
+
+def test_long_documents_become_windows_of_one_document(lm: LanguageModel, tmp_path: Path) -> None:
+    document = Document.of_text("wait " * 300)
+    store = capture(lm, [document], dataclasses.replace(SMALL, context=16), tmp_path / "out")
+    _, table = everything(store)
+    length = len(tokenise(lm, document, 10_000).input_ids)
+    assert store.n_documents == 1 and sorted(table[:, 1].tolist()) == list(range(length))
+
+
+def test_the_manifest_says_what_was_captured(lm: LanguageModel, texts: Make, tmp_path: Path) -> None:
+    documents = list(texts(12))
+    store = capture(lm, documents, SMALL, tmp_path / "out", seed=3, command="unbraid capture …")
+    ids = "".join(f'"{document.id}"\n' for document in documents)
+    assert store.manifest.inputs == {
+        "model": lm.id,
+        "tokenizer": lm.tokenizer_id,
+        "corpus": hashlib.sha256(ids.encode()).hexdigest(),
+    }
+    facts = store.manifest.facts
+    assert facts["model"] == lm.name and facts["sites"] == ["layers.1.resid_post"]
+    assert (facts["d_in"], facts["context"], facts["positions"]) == (48, 64, "all")
+    assert (facts["dtype"], facts["documents"], facts["tokens"]) == ("float32", 12, store.n_tokens)
+    assert (store.manifest.made_by.seed, store.manifest.made_by.command) == (3, "unbraid capture …")
+    assert [record["id"] for record in store.documents()] == [document.id for document in documents]
+    assert (store.model_id, store.tokenizer_id, store.d_in(SITE)) == (lm.id, lm.tokenizer_id, 48)
+
+
+def test_float16_is_float32_rounded(lm: LanguageModel, texts: Make, tmp_path: Path) -> None:
+    full, _ = everything(capture(lm, texts(9), SMALL, tmp_path / "full"))
+    half = capture(lm, texts(9), dataclasses.replace(SMALL, dtype="float16"), tmp_path / "half")
+    assert torch.equal(everything(half)[0], full.half())
+
+
+def test_progress_reports_tokens(lm: LanguageModel, texts: Make, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    config = dataclasses.replace(SMALL, tokens=500)
+    capture(
+        lm,
+        texts(50),
+        config,
+        tmp_path / "out",
+        progress=lambda done, total, note="": seen.append((done, total)),
+    )
+    assert seen == sorted(seen) and seen[-1] == (500, 500) and len(seen) > 1
+
+
+# --- batching ---
+
+
+def test_batches_are_full_of_like_lengths_and_depend_on_the_data_alone(
+    lm: LanguageModel, texts: Make
+) -> None:
+    def plan() -> list[list[list[tuple[int, int]]]]:
+        groups = Plan(lm, texts(200), 64, 256, "all", None)
+        return [[[(p.document, len(p.window.input_ids)) for p in b] for b in g.batches] for g in groups]
+
+    groups = plan()
+    assert groups == plan() and len(groups) > 1
+    for group in groups:
+        lengths = [length for batch in group for _, length in batch]
+        assert lengths == sorted(lengths)
+        for batch in group:
+            assert len(batch) * batch[-1][1] <= 256
+    padded = sum(len(b) * b[-1][1] for g in groups for b in g)
+    assert padded < 1.15 * sum(length for g in groups for b in g for _, length in b)
+
+
+def test_a_window_beyond_the_batch_size_stands_alone(lm: LanguageModel) -> None:
+    groups = list(Plan(lm, [Document.of_text("wait " * 50)] * 3, 100, 8, "all", None))
+    batches = [[len(p.window.input_ids) for p in batch] for group in groups for batch in group.batches]
+    assert [batch for batch in batches if max(batch) > 8] == [[100], [100], [100]]
+    assert batched([], 8) == []
+
+
+def test_the_corpus_is_read_only_as_far_as_needed(lm: LanguageModel, texts: Make, tmp_path: Path) -> None:
+    read = 0
+
+    def endless() -> Iterator[Document]:
+        nonlocal read
+        while True:
+            yield from texts(10, seed=read)
+            read += 10
+
+    capture(lm, endless(), dataclasses.replace(SMALL, tokens=500), tmp_path / "out")
+    assert read < 100
+
+
+# --- refusals ---
+
+
+def refused(says: str, out: Path, *args: Any, **changes: Any) -> None:
+    config = dataclasses.replace(SMALL, **changes)
+    before = sorted(out.parent.iterdir())
+    with pytest.raises(UserError, match=says) as caught:
+        capture(args[0], args[1], config, out)
+    assert "\n" not in str(caught.value)
+    assert sorted(out.parent.iterdir()) == before  # nothing made, nothing lost
+
+
+def test_impossible_captures_are_refused_and_leave_no_trace(
+    lm: LanguageModel, texts: Make, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    refused("no documents", out, lm, [])
+    refused("no token", out, lm, [Document.of_text("")])
+    refused("no token of an assistant's reply", out, lm, texts(3), positions="reply")
+    refused("layers.7.resid_post does not exist", out, lm, texts(3), sites=(Site(7, "resid_post"),))
+    refused("context 513 is longer than the 512", out, lm, texts(3), context=513)
+    out.mkdir()
+    (out / "mine.txt").write_text("precious")
+    refused("exists already", out, lm, texts(3))
+    assert (out / "mine.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("sites", (), "--site"),
+        ("sites", ("layers.1.resid_post", "blocks.1.hook_resid_post"), "given twice"),
+        ("sites", ("layers.1.resid",), "not known"),
+        ("tokens", 0, "--tokens"),
+        ("context", 0, "--context"),
+        ("batch_tokens", -1, "--batch-tokens"),
+        ("shard_tokens", 0, "--shard-tokens"),
+        ("positions", "some", "--positions"),
+        ("dtype", "int8", "--dtype"),
+    ],
+)
+def test_impossible_settings_are_refused(field: str, value: Any, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        dataclasses.replace(SMALL, **{field: value})
+
+
+@pytest.fixture()
+def loud(tiny_llama: Path) -> LanguageModel:
+    """A model whose residual stream is far beyond float16."""
+    lm = load_model(tiny_llama)
+    with torch.no_grad():
+        lm.model.get_input_embeddings().weight.mul_(1e6)
+    return lm
+
+
+def test_values_beyond_float16_are_refused_by_name(loud: LanguageModel, texts: Make, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    refused(
+        r"layers.1.resid_post in document \w{16} is beyond float16's 65504; capture with --dtype float32",
+        out,
+        loud,
+        texts(3),
+        dtype="float16",
+    )
+    values, _ = everything(capture(loud, texts(3), SMALL, out))
+    assert float(values.abs().max()) > 65504
+
+
+def test_values_that_are_not_finite_are_refused(loud: LanguageModel, texts: Make, tmp_path: Path) -> None:
+    with torch.no_grad():
+        loud.model.get_input_embeddings().weight.fill_(float("nan"))
+    refused("not finite at layers.1.resid_post in document", tmp_path / "out", loud, texts(3))
+
+
+# --- stopped and continued ---
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(rows: int) -> Callable[..., None]:
+    def progress(done: int, total: int, note: str = "") -> None:
+        if done >= rows:
+            raise Stop
+
+    return progress
+
+
+def stopped(lm: LanguageModel, documents: Iterator[Document], out: Path, rows: int = 1000) -> Path:
+    with pytest.raises(Stop):
+        capture(lm, documents, SMALL, out, progress=stop_after(rows))
+    partial = out.parent / f".{out.name}.partial"
+    assert len(list(partial.glob("shard-*"))) == rows // 300
+    return partial
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("rows", [1, 299, 601, 1000, 2400])
+def test_a_stopped_capture_continues_to_the_same_bytes(
+    lm: LanguageModel, texts: Make, tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capture(lm, texts(60), SMALL, tmp_path / "whole")
+    with pytest.raises(Stop):
+        capture(lm, texts(60), SMALL, tmp_path / "out", progress=stop_after(rows))
+    read: list[int] = []
+
+    def counting(model: Any, ids: torch.Tensor, *rest: Any) -> Any:
+        read.append(len(ids))
+        return read_sites(model, ids, *rest)
+
+    monkeypatch.setattr(room, "read_sites", counting)
+    store = capture(lm, texts(60), SMALL, tmp_path / "out")
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+    batches = sum(len(group.batches) for group in Plan(lm, texts(60), 64, 256, "all", None))
+    assert len(read) < batches or rows < 300  # what is on disk is not computed again
+    assert ActivationStore(tmp_path / "out", check=True).n_tokens == store.n_tokens
+
+
+def test_a_continued_capture_with_other_settings_or_documents_is_refused(
+    lm: LanguageModel, texts: Make, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    partial = stopped(lm, texts(60), out)
+    before = {name: data for name, data in bytes_of(partial).items() if name.startswith("sh")}
+    for changes, named in (
+        ({"dtype": "float16"}, "dtype"),
+        ({"context": 32, "tokens": 900}, "context, tokens"),
+        ({"sites": (Site(0, "resid_post"),)}, "sites"),
+    ):
+        with pytest.raises(UserError, match=rf"begun with other settings \({named}\)"):
+            capture(lm, texts(60), dataclasses.replace(SMALL, **changes), out)
+    for other in (texts(60, seed=1), texts(10)):
+        with pytest.raises(UserError, match=r"begun with other settings \(corpus\)"):
+            capture(lm, other, SMALL, out)
+    assert before.items() <= bytes_of(partial).items()
+    capture(lm, texts(60), SMALL, out)
+    capture(lm, texts(60), SMALL, tmp_path / "whole")
+    assert bytes_of(out) == bytes_of(tmp_path / "whole")
+
+
+def test_a_damaged_shard_of_a_stopped_capture_is_named(
+    lm: LanguageModel, texts: Make, tmp_path: Path
+) -> None:
+    partial = stopped(lm, texts(60), tmp_path / "out")
+    shard = partial / "shard-00001.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(IntegrityError, match=r"shard-00001.safetensors is missing or not what was written"):
+        capture(lm, texts(60), SMALL, tmp_path / "out")
+
+
+def test_leftovers_of_a_kill_between_two_writes_are_no_obstacle(
+    lm: LanguageModel, texts: Make, tmp_path: Path
+) -> None:
+    partial = stopped(lm, texts(60), tmp_path / "out")
+    (partial / "shard-00003.safetensors").write_bytes(b"finished but not recorded")
+    (partial / ".shard-00004.safetensors.1.writing").write_bytes(b"half")
+    with (partial / "shards.jsonl").open("a") as file:
+        file.write('{"file": "shard-000')
+    (partial / "manifest.json").write_text("{}")
+    capture(lm, texts(60), SMALL, tmp_path / "out")
+    capture(lm, texts(60), SMALL, tmp_path / "whole")
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
