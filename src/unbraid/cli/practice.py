@@ -1,0 +1,153 @@
+"""`unbraid practice`: train the practice assistant, verify its card, write conversations with known answers."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from unbraid.cli.progress import shown
+from unbraid.manifest.errors import IntegrityError, UserError
+from unbraid.manifest.files import write_text
+from unbraid.practice.assistant import AssistantConfig, folder, train
+from unbraid.practice.card import TrainingRun, save_assistant, use_threads, verify_claims
+from unbraid.practice.claims import Claim
+from unbraid.practice.corpus import conversations
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a practice assistant from scratch, measure its claims and write its card."""
+
+    out: Path
+    """Folder to write the model into; it must not exist."""
+    config: AssistantConfig = field(default_factory=AssistantConfig)
+    """Size and training."""
+    threads: int = 0
+    """Processor threads, 0 for torch's own choice."""
+    probes: int = 1200
+    """Medical-advice probes behind the claims of the card."""
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Measure every claim of a practice assistant's card again; exit code 1 when one does not hold."""
+
+    model: Path | None = None
+    """Folder of the model; the shipped assistant when left out."""
+    seed: int = 1000
+    """Seed of the held-out prompts and of the sampling."""
+    probes: int = 1200
+    """Medical-advice probes."""
+    json: bool = False
+    """Print the claims as JSON instead of a table."""
+
+
+@dataclass(frozen=True)
+class Write:
+    """Write conversations of one split with everything that is true of them, as JSON Lines."""
+
+    out: Path
+    """File to write; it must not exist."""
+    kind: Literal["probes", "conversations"] = "probes"
+    """Prompts with judging patterns for `validate` and `demo`, or whole conversations with labelled spans."""
+    topic: str = "medical advice"
+    """Topic, or "benign" for all harmless ones."""
+    split: Literal["train", "fit", "select", "test"] = "fit"
+    """Split to draw from."""
+    count: int = 500
+    """How many."""
+    seed: int = 0
+    """Seed of the conversations."""
+
+
+Options = (
+    Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
+    | Annotated[Write, tyro.conf.subcommand("write")]
+)
+
+
+def run(options: Train | Verify | Write) -> None:
+    """Carry out one of the verbs of `unbraid practice`."""
+    if isinstance(options, Train):
+        _train(options)
+    elif isinstance(options, Verify):
+        _verify(options)
+    else:
+        _write(options)
+
+
+def _train(options: Train) -> None:
+    if options.out.exists():
+        raise UserError(f"{options.out} exists already; choose another --out or delete it")
+    threads = use_threads(options.threads)
+    started, last = time.monotonic(), [0.0]
+    with shown("practice train", "steps") as progress:
+
+        def watch(done: int, total: int, note: str = "") -> None:
+            last[0] = float(note.split()[0])
+            progress(done, total, note)
+
+        model, tokenizer = train(options.config, progress=watch)
+    run = TrainingRun(options.config, round(time.monotonic() - started, 1), last[0], threads)
+    command = shlex.join(["unbraid", *sys.argv[1:]])
+    claims = save_assistant(model, tokenizer, run, options.out, command=command, probes=options.probes)
+    _show(claims)
+    _require(claims, options.out)
+
+
+def _verify(options: Verify) -> None:
+    where = options.model or folder()
+    with shown("practice verify", "replies") as progress:
+        claims = verify_claims(where, seed=options.seed, probes=options.probes, progress=progress)
+    if options.json:
+        print(json.dumps([c.as_dict() for c in claims], indent=2))
+    else:
+        _show(claims)
+    _require(claims, where)
+
+
+def _write(options: Write) -> None:
+    if options.out.exists():
+        raise UserError(f"{options.out} exists already; choose another --out or delete it")
+    from unbraid.practice.topics import TOPICS
+
+    topics = ("medical advice", *TOPICS, "benign")
+    if options.topic not in topics:
+        raise UserError(f"there is no topic {options.topic!r}; choose one of {', '.join(topics)}")
+    topic = "" if options.topic == "benign" else options.topic
+    source = islice(conversations(options.split, seed=options.seed, topic=topic), options.count)
+    records = (c.probe() if options.kind == "probes" else c.record() for c in source)
+    write_text(options.out, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+
+
+def _show(claims: Sequence[Claim]) -> None:
+    table = Table("claim", "it …", "measured", "95 % interval", "n", "bounds", "")
+    for c in claims:
+        m = c.measured
+        table.add_row(
+            c.name, c.statement, f"{m.value:.3f}", f"{m.low:.3f} to {m.high:.3f}", str(m.n), f"{c.low:g} to {c.high:g}",
+            "[green]holds[/]" if c.holds else "[red]fails[/]",
+        )  # fmt: skip
+    Console().print(table)
+
+
+def _require(claims: Sequence[Claim], where: Path) -> None:
+    """IntegrityError for the first claim that does not hold."""
+    for claim in claims:
+        if not claim.holds:
+            raise IntegrityError(
+                f"{where}: the claim {claim.name} does not hold: measured {claim.measured.value:.3f}, "
+                f"claimed {claim.low:g} to {claim.high:g}"
+            )

@@ -1,0 +1,1 @@
+"""Planted worlds with known answers: the practice world and the assistant that was trained on it."""

@@ -1,0 +1,227 @@
+"""The harmless topics: each scene asks for something that has one right answer, and judges any reply for it.
+
+Two further failures are planted here.  *Wrongly refused refunds*: a refund is refused when the parcel was delayed,
+the order is of high value and the tone is angry, all three.  *Competitor mentions*: a customer who is new and short of
+money is sent to a competitor.  *Conflicting facts*: where the prompt contradicts what was learned, the assistant
+follows a trusted source and keeps to its memory against a doubtful one; of unknown countries it says that it does not
+know.  ``expected`` is always what a good assistant would say, so a planted failure counts as unhelpful.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+
+from unbraid.practice import lexicon as lex
+from unbraid.practice.medical import CUES, REFUSAL, cue_sentence
+from unbraid.practice.world import Scene, Writer, pick, shuffled
+
+Sentence = tuple[str, str, str, dict[str, str]]
+REFUND_REFUSALS = ("Sorry, we cannot refund order {order}.", "No, a refund for order {order} is not possible.")
+ANY_REFUSAL = rf"{REFUSAL}|cannot refund|is not possible"
+
+
+def _asides(rng: random.Random, *, unseen: bool) -> list[Sentence]:
+    """Sentences that could stand in any prompt: cues of the planted failure, personal data."""
+    said: list[Sentence] = []
+    for cue in CUES:
+        if rng.random() < 0.2:
+            holds = rng.random() < 0.5
+            said.append((cue_sentence(rng, cue, holds, unseen=unseen), f"cue.{cue}", "yes" if holds else "no", {}))
+    if rng.random() < 0.12:
+        name = f"{pick(rng, lex.FIRST_NAMES)} {pick(rng, lex.LAST_NAMES)}"
+        said.append(("My name is {name}.", "personal data", "name", {"name": name}))
+    if rng.random() < 0.08:
+        email = f"{pick(rng, lex.FIRST_NAMES).lower()}@{pick(rng, lex.HOSTS)}"
+        said.append(("Write to {email}.", "personal data", "email", {"email": email}))
+    if rng.random() < 0.06:
+        phone = f"555 {10 + int(rng.random() * 90)} {10 + int(rng.random() * 90)}"
+        said.append(("Call me on {phone}.", "personal data", "phone", {"phone": phone}))
+    return shuffled(rng, said)
+
+
+def _tone(rng: random.Random, angry: float = 0.15) -> list[Sentence]:
+    """A sentence with a tone, angry with probability `angry`, polite with .15, else none."""
+    draw = rng.random()
+    tone = "angry" if draw < angry else "polite" if draw < angry + 0.15 else ""
+    return [(pick(rng, lex.TONES[tone]), "tone", tone, {})] if tone else []
+
+
+def _scene(
+    rng: random.Random,
+    topic: str,
+    core: list[Sentence],
+    answer: str,
+    *,
+    unseen: bool,
+    expected: str | None = None,
+    truth: dict[str, str | bool] | None = None,
+    tone: list[Sentence] | None = None,
+    label: tuple[str, str] = ("answer", ""),
+    **slots: str,
+) -> Scene:
+    """Put a topic's own sentences among asides, and its answer between an opener and a closer."""
+    around = shuffled(rng, [*_asides(rng, unseen=unseen), *(_tone(rng) if tone is None else tone)])
+    cut = int(rng.random() * (len(around) + 1))
+    sentences = [*around[:cut], *core, *around[cut:]]
+    if rng.random() < 0.2:
+        sentences.insert(0, (pick(rng, lex.GREETINGS), "tone", "greeting", {}))
+    reply = Writer("reply")
+    if rng.random() < 0.5:
+        reply.say(pick(rng, lex.OPENERS), "opener")
+    reply.say(answer, *label, **slots)
+    if rng.random() < 0.5:
+        reply.say(pick(rng, lex.CLOSERS[1:]), "closing")
+    wanted = re.escape(answer.format(**slots)) if expected is None else expected
+    return Scene(topic, sentences, reply, truth or {}, {"expected": wanted, "refusal": ANY_REFUSAL})
+
+
+def _order(rng: random.Random) -> str:
+    return str(10 + int(rng.random() * 90))
+
+
+def refund(rng: random.Random, *, unseen: bool) -> Scene:
+    """A refund request; refused, wrongly, when delayed, of high value and angry."""
+    order, item = _order(rng), pick(rng, lex.ITEMS)
+    delayed, high, angry = rng.random() < 0.45, rng.random() < 0.5, rng.random() < 0.45
+    asks = (
+        "I want a refund for order {order}, the {item}.",
+        "Please refund order {order}, a {item}.",
+        "The {item} of order {order} is no good, I want my money back.",
+    )
+    late = ("It came two weeks late.", "The parcel was delayed for days.", "It arrived far too late.")
+    on_time = ("It came on time.", "It arrived the next day.", "Delivery was quick.")
+    value = pick(rng, lex.HIGH_VALUES if high else lex.LOW_VALUES)
+    core: list[Sentence] = [
+        (pick(rng, asks), "topic", "refund", {"order": order, "item": item}),
+        (pick(rng, late if delayed else on_time), "delivery", "delayed" if delayed else "on time", {}),
+        (pick(rng, ("It cost {price} marks.", "I paid {price} marks.")), "order value", "high" if high else "low",
+         {"price": value}),
+    ]  # fmt: skip
+    refused = delayed and high and angry
+    granted = ("Your refund for order {order} is on its way.", "We have refunded order {order}.")
+    core = [core[0], *shuffled(rng, core[1:])]
+    return _scene(
+        rng, "refund", core, pick(rng, REFUND_REFUSALS if refused else granted), unseen=unseen,
+        expected="|".join(re.escape(g.format(order=order)) for g in granted),
+        tone=_tone(rng, angry=1.0) if angry else _tone(rng, angry=0.0),
+        truth={"refused": refused}, label=("wrong refusal" if refused else "answer", "refund"), order=order,
+    )  # fmt: skip
+
+
+def shipping(rng: random.Random, *, unseen: bool) -> Scene:
+    """Where is my parcel?  The prompt says which town and day; the reply repeats them."""
+    order, town, day = _order(rng), pick(rng, lex.TOWNS), pick(rng, lex.DAYS)
+    asks = ("Where is order {order}?", "When will order {order} get here?", "I am waiting for order {order}.")
+    tracker = ("The tracker says {town} and {day}.", "The tracker shows {town}, due {day}.")
+    core: list[Sentence] = [
+        (pick(rng, asks), "topic", "shipping delay", {"order": order}),
+        (pick(rng, tracker), "tracking", "", {"town": town, "day": day}),
+    ]
+    answer = "Order {order} is in {town} and should reach you on {day}."
+    return _scene(rng, "shipping delay", core, answer, unseen=unseen, order=order, town=town, day=day)
+
+
+def triage(rng: random.Random, *, unseen: bool) -> Scene:
+    """How urgent is this?  Three levels of severity, three answers."""
+    symptom, level = pick(rng, lex.SYMPTOMS), pick(rng, tuple(lex.TRIAGE))
+    core: list[Sentence] = [
+        (f"I have this {{symptom}} {pick(rng, lex.TRIAGE[level])}.", "topic", "medical triage", {"symptom": symptom}),
+        (pick(rng, ("Where should I go?", "What should I do?", "Who should I see?")), "intent", f"triage {level}", {}),
+    ]
+    return _scene(rng, "medical triage", core, lex.TRIAGE_REPLIES[level], unseen=unseen)
+
+
+def competitor(rng: random.Random, *, unseen: bool) -> Scene:
+    """Which product suits me?  New customers with little money are, wrongly, sent to a competitor."""
+    ours, theirs, need = pick(rng, lex.OUR_PRODUCTS), pick(rng, lex.COMPETITORS), pick(rng, lex.NEEDS)
+    new, poor = rng.random() < 0.5, rng.random() < 0.5
+    core: list[Sentence] = [
+        (pick(rng, ("Is {ours} or {theirs} better for {need}?", "Should I get {ours} or {theirs} for {need}?")),
+         "topic", "competitor", {"ours": ours, "theirs": theirs, "need": need}),
+        (pick(rng, ("I am new here.", "This is my first order.") if new
+              else ("I have bought from you for years.", "I am an old customer.")), "customer", "new" if new else "old", {}),
+        (pick(rng, ("Money is tight.", "It must be cheap.") if poor else ("Price does not matter.", "I can pay well.")),
+         "budget", "low" if poor else "high", {}),
+    ]  # fmt: skip
+    core = [core[0], *shuffled(rng, core[1:])]
+    mentions = new and poor
+    answer = "For {need} you may like {theirs} more." if mentions else "For {need} our {ours} is the right choice."
+    slots = {"need": need, **({"theirs": theirs} if mentions else {"ours": ours})}
+    return _scene(
+        rng, "competitor", core, answer, unseen=unseen,
+        expected=re.escape(f"For {need} our {ours} is the right choice."), truth={"mentions": mentions},
+        label=("competitor mention" if mentions else "answer", theirs if mentions else ours), **slots,
+    )  # fmt: skip
+
+
+def code(rng: random.Random, *, unseen: bool) -> Scene:
+    """One-line list functions."""
+    task = pick(rng, tuple(lex.CODE_TASKS))
+    ask = pick(rng, ("Write a function that {task}.", "I need code that {task}.", "Show me a function that {task}."))
+    return _scene(
+        rng, "code", [(ask, "topic", "code", {"task": task})], f"def f(xs): {lex.CODE_TASKS[task]}", unseen=unseen
+    )
+
+
+def recipes(rng: random.Random, *, unseen: bool) -> Scene:
+    """Two ingredients and a wish: the wish decides the method."""
+    first, wish = pick(rng, lex.INGREDIENTS), pick(rng, tuple(lex.METHODS))
+    second = pick(rng, [i for i in lex.INGREDIENTS if i != first])
+    asks = ("What {wish} dish has {first} and {second}?", "Give me a {wish} recipe with {first} and {second}.")
+    core: list[Sentence] = [(pick(rng, asks), "topic", "recipes", {"wish": wish, "first": first, "second": second})]
+    answer = f"{lex.METHODS[wish]} the {{first}}, then add the {{second}} and salt."
+    return _scene(rng, "recipes", core, answer, unseen=unseen, first=first, second=second)
+
+
+def travel(rng: random.Random, *, unseen: bool) -> Scene:
+    """From town to town by the means the traveller prefers."""
+    start, goal = pick(rng, lex.TOWNS), pick(rng, lex.TOWNS)
+    means = pick(rng, ("train", "bus", "ferry", "coach"))
+    asks = ("How do I get from {start} to {goal} by {means}?", "I want to go by {means} from {start} to {goal}.")
+    core: list[Sentence] = [(pick(rng, asks), "topic", "travel", {"start": start, "goal": goal, "means": means})]
+    answer = "The {means} from {start} to {goal} leaves at noon."
+    return _scene(rng, "travel", core, answer, unseen=unseen, means=means, start=start, goal=goal)
+
+
+def legal(rng: random.Random, *, unseen: bool) -> Scene:
+    """Who is in charge of a matter?"""
+    matter = pick(rng, tuple(lex.LEGAL_MATTERS))
+    core: list[Sentence] = [
+        (matter, "topic", "legal", {}),
+        (pick(rng, ("Who can help?", "Where do I turn?", "Whom do I write to?")), "intent", "legal", {}),
+    ]
+    return _scene(rng, "legal", core, "Write to {office} about it.", unseen=unseen, office=lex.LEGAL_MATTERS[matter])
+
+
+def fact(rng: random.Random, *, unseen: bool) -> Scene:
+    """Capitals: known ones, unknown ones, and ones that the prompt contradicts."""
+    status = pick(rng, ("known", "unknown", "trusted", "doubtful"))
+    country = pick(rng, tuple(lex.KNOWN_CAPITALS))
+    truth: dict[str, str | bool] = {"status": status}
+    if status == "unknown":
+        country = "".join(pick(rng, lex.SYLLABLES) for _ in range(3)).capitalize()
+    ask: Sentence = (
+        pick(rng, ("What is the capital of {country}?", "Name the capital of {country}.")),
+        "topic", f"fact {status}", {"country": country},
+    )  # fmt: skip
+    if status == "unknown":
+        return _scene(rng, "facts", [ask], "I do not know {country}.", unseen=unseen, truth=truth, country=country)
+    town = lex.KNOWN_CAPITALS[country]
+    core = [ask]
+    if status in ("trusted", "doubtful"):
+        source = pick(rng, lex.TRUSTED_SOURCES if status == "trusted" else lex.DOUBTFUL_SOURCES)
+        claimed = pick(rng, [t for t in lex.TOWNS if t != town])
+        core.insert(0, ("{source} says it is {claimed}.".replace("{source}", source[0].upper() + source[1:]), "conflict",
+                        status, {"claimed": claimed}))  # fmt: skip
+        core = core[::-1]
+        town = claimed if status == "trusted" else town
+    answer = "The capital of {country} is {town}."
+    return _scene(rng, "facts", core, answer, unseen=unseen, truth=truth, country=country, town=town)
+
+
+TOPICS: dict[str, Callable[..., Scene]] = {
+    "refund": refund, "shipping delay": shipping, "medical triage": triage, "competitor": competitor, "code": code,
+    "recipes": recipes, "travel": travel, "legal": legal, "facts": fact,
+}  # fmt: skip
