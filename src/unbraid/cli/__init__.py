@@ -42,7 +42,9 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if args is None else args)
     try:
-        return _dispatch(words)
+        code = _dispatch(words)
+        sys.stdout.flush()  # a reader that has left is noticed here and not while Python shuts down
+        return code
     except UserError as error:
         return _complain(error, 2)
     except IntegrityError as error:
