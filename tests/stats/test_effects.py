@@ -109,6 +109,6 @@ def test_one_class_nan_and_wrong_shapes_are_refused(measure) -> None:
 def test_ranking_many_latents_is_quick() -> None:
     rng = np.random.default_rng(0)
     scores = np.maximum(0, rng.normal(size=(600, 2048)))
-    started = time.perf_counter()
+    started = time.process_time()
     auroc(scores, np.arange(600) < 300)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5

@@ -73,6 +73,6 @@ def test_p_values_count_the_labels_as_they_are() -> None:
 
 def test_two_hundred_permutations_of_two_thousand_latents_are_quick() -> None:
     rng = np.random.default_rng(0)
-    started = time.perf_counter()
+    started = time.process_time()
     max_statistic_null(rng.normal(size=(600, 2048)), np.arange(600) < 300, permutations=200, seed=0)
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
