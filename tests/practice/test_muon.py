@@ -9,7 +9,8 @@ def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
     torch.manual_seed(0)
     for shape in ((2, 16, 48), (3, 48, 16), (1, 32, 32)):
         s = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
-        assert s.min() > 0.3 and s.max() < 1.3
+        # The iteration lifts all but the smallest singular values of a Gaussian matrix.
+        assert (s > 0.6).float().mean() > 0.9 and s.max() < 1.3
 
 
 def test_orthogonalise_keeps_the_singular_vectors() -> None:
@@ -17,7 +18,7 @@ def test_orthogonalise_keeps_the_singular_vectors() -> None:
     g = torch.randn(1, 24, 64)
     u, _, vh = torch.linalg.svd(g[0], full_matrices=False)
     aligned = (u.T @ orthogonalise(g)[0] @ vh.T).diagonal()
-    assert aligned.min() > 0.3
+    assert aligned.min() > 0.3 and aligned.max() < 1.3
 
 
 def test_muon_solves_a_least_squares_problem() -> None:

@@ -30,6 +30,9 @@ class Verb(NamedTuple):
 
 
 VERBS: dict[str, Verb] = {
+    "demo": Verb("unbraid.cli.demo", "the whole story on one model: find the feature, prove it, guard against it"),
+    "capture": Verb("unbraid.cli.capture", "read a model's activations on a corpus into shards on disk"),
+    "practice": Verb("unbraid.cli.practice", "train the practice assistant, verify its card, write its conversations"),
     "verify": Verb("unbraid.cli.verify", "check every artifact below a folder, and what each was made from"),
 }
 

@@ -166,9 +166,16 @@ def check_files(folder: Path) -> Manifest:
 
 
 def list_files(folder: Path) -> list[str]:
-    """Return the paths of all files below `folder` but its own manifest, relative to it, sorted."""
-    paths = (path for path in folder.rglob("*") if not path.is_dir())
-    return sorted(name for path in paths if (name := path.relative_to(folder).as_posix()) != MANIFEST)
+    """Return the paths of an artifact's files, relative to its folder, sorted.
+
+    Its own manifest is left out, and so are folders below that have a manifest: they are artifacts of their own.
+    """
+    found: list[str] = []
+    for place, below, files in os.walk(folder):
+        here = Path(place)
+        below[:] = [name for name in below if not (here / name / MANIFEST).is_file()]
+        found += [(here / name).relative_to(folder).as_posix() for name in files if (here / name) != folder / MANIFEST]
+    return sorted(found)
 
 
 def _entry(path: Path) -> FileEntry:

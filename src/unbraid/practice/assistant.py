@@ -38,7 +38,7 @@ class AssistantConfig:
     """Number of decoder layers."""
     mlp: int = 512
     """Inner width of each gated MLP."""
-    steps: int = 2400
+    steps: int = 1000
     """Optimizer steps; the learning rate warms up over 2 %, stays, and falls to zero over the last 40 %."""
     batch: int = 64
     """Conversations in a step."""
