@@ -27,17 +27,17 @@ def test_wilson_equals_scipys(successes: list[bool], level: float) -> None:
 
 def test_the_bootstrap_by_document_covers_where_the_one_by_token_does_not() -> None:
     rng = np.random.default_rng(0)
-    documents = np.repeat(np.arange(40), 20)
+    documents = np.repeat(np.arange(40), 10)
     by_document = by_token = 0
     runs = 200
     for run in range(runs):
-        values = np.repeat(rng.normal(1.0, 1.0, 40), 20) + rng.normal(0, 0.3, 800)  # true mean 1
-        interval = bootstrap_mean(values, documents, seed=run, resamples=400)
+        values = np.repeat(rng.normal(1.0, 1.0, 40), 10) + rng.normal(0, 0.3, 400)  # true mean 1
+        interval = bootstrap_mean(values, documents, seed=run, resamples=300)
         by_document += interval.low <= 1 <= interval.high
-        naive = bootstrap_mean(values, np.arange(800), seed=run, resamples=400)
+        naive = bootstrap_mean(values, np.arange(400), seed=run, resamples=100)
         by_token += naive.low <= 1 <= naive.high
     assert 0.90 <= by_document / runs <= 0.985
-    assert by_token / runs < 0.5
+    assert by_token / runs < 0.6
 
 
 def test_the_bootstraps_width_is_the_standard_errors() -> None:
