@@ -23,7 +23,7 @@ from unbraid.model.sites import Site
 
 Make = Callable[..., Iterator[Document]]
 SITE = Site(1, "resid_post")
-SMALL = CaptureConfig((SITE,), context=64, batch_tokens=256, dtype="float32", shard_tokens=300)
+SMALL = CaptureConfig(sites=(SITE,), context=64, batch_tokens=256, dtype="float32", shard_tokens=300)
 
 
 def everything(store: ActivationStore, site: Site = SITE) -> tuple[torch.Tensor, torch.Tensor]:
@@ -281,7 +281,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("rows", [1, 299, 601, 1000, 2400])
+@pytest.mark.parametrize("rows", [1, 601, 2400])
 def test_a_stopped_capture_continues_to_the_same_bytes(
     lm: LanguageModel, texts: Make, tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

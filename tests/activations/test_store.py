@@ -23,7 +23,7 @@ def made(
     lm: LanguageModel, texts: Callable[..., Iterator[Document]], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     out = tmp_path_factory.mktemp("store") / "out"
-    capture(lm, texts(20), CaptureConfig((Site(0, "mlp_out"),), shard_tokens=128), out)
+    capture(lm, texts(20), CaptureConfig(sites=(Site(0, "mlp_out"),), shard_tokens=128), out)
     return out
 
 

@@ -46,7 +46,7 @@ def rows_of(parts: Iterator[torch.Tensor]) -> list[int]:
     return [int(row) for part in parts for row in part[:, 0].tolist()]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
     rows=st.integers(1, 3000),
     shard_tokens=st.integers(1, 900),

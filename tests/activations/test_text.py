@@ -48,7 +48,7 @@ def chat(*contents: str, focus: tuple[int, int] | None = None) -> Document:
 TEXTS = st.text(st.sampled_from("ab dost\n\t.,!éß😀漢<|>"), min_size=1, max_size=40)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(first=TEXTS, reply=TEXTS, data=st.data())
 @pytest.mark.parametrize("template", [CHATML, None])
 def test_masks_hold_exactly_the_tokens_that_touch_the_span(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,11 +27,9 @@ LARGEST_FLOAT16 = 65504.0
 
 
 @dataclass(frozen=True)
-class CaptureConfig:
-    """What to capture and how."""
+class CaptureOptions:
+    """How to capture; the command line shows these as they are."""
 
-    sites: tuple[Site, ...]
-    """Places in the model to read, all in one pass (names are parsed)."""
     tokens: int | None = None
     """Tokens to capture, exactly, in the corpus' order; None means the whole corpus."""
     context: int = 256
@@ -46,10 +44,6 @@ class CaptureConfig:
     """Tokens in a shard; a killed run loses at most this many."""
 
     def __post_init__(self) -> None:
-        sites = tuple(Site.parse(site) for site in self.sites)
-        object.__setattr__(self, "sites", sites)
-        if not sites or len(set(sites)) < len(sites):
-            raise UserError("no --site is given, or one is given twice; give each site to capture once")
         for name in ("tokens", "context", "batch_tokens", "shard_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -57,6 +51,21 @@ class CaptureConfig:
         for name, known in (("positions", ("all", "reply", "focus")), ("dtype", ("float16", "float32"))):
             if (value := getattr(self, name)) not in known:
                 raise UserError(f"{name} {value!r} is not known; choose --{name} from {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class CaptureConfig(CaptureOptions):
+    """What to capture and how; `sites` is given by name."""
+
+    sites: tuple[Site, ...] = field(kw_only=True)
+    """Places in the model to read, all in one pass; names are parsed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sites = tuple(Site.parse(site) for site in self.sites)
+        object.__setattr__(self, "sites", sites)
+        if not sites or len(set(sites)) < len(sites):
+            raise UserError("no --site is given, or one is given twice; give each site to capture once")
 
 
 def capture(

@@ -1,0 +1,97 @@
+"""`unbraid capture`: a model's activations on a corpus, as shards on disk."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from unbraid.activations.capture import CaptureConfig, CaptureOptions, capture
+from unbraid.activations.documents import read_documents
+from unbraid.activations.store import ActivationStore
+from unbraid.cli.models import open_model
+from unbraid.cli.progress import shown
+from unbraid.model.sites import Site
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to read, how, and where to put it."""
+
+    model: str
+    """Model folder or Hub name; "practice" is the practice assistant."""
+    site: tyro.conf.UseAppendAction[tuple[str, ...]]
+    """Place in the model, such as layers.2.resid_post; repeat the option for several."""
+    text: Path
+    """Corpus: .jsonl with text or messages, or .txt with documents between blank lines."""
+    out: Path
+    """Folder to make; a capture that was killed goes on where it stopped."""
+    config: Annotated[CaptureOptions, tyro.conf.arg(name="")] = field(default_factory=CaptureOptions)
+    """How to capture."""
+    device: str = "cpu"
+    """Where the model runs: cpu, cuda, …"""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+def run(options: Options) -> None:
+    """Capture, and print what was made."""
+    config = CaptureConfig(**asdict(options.config), sites=tuple(Site.parse(name) for name in options.site))
+    next(read_documents(options.text))  # a wrong file is told before a large model is loaded
+    lm = open_model(options.model, device=options.device)
+    with shown("capture", "tokens") as progress:
+        store = capture(
+            lm,
+            read_documents(options.text),
+            config,
+            options.out,
+            command=_command(options),
+            progress=progress,
+        )
+    print(
+        json.dumps(_record(store), indent=2, ensure_ascii=False) if options.json else _sentence(store, config)
+    )
+
+
+def _command(options: Options) -> str:
+    words = ["unbraid", "capture", "--model", options.model]
+    for site in options.site:
+        words += ["--site", site]
+    words += ["--text", str(options.text), "--out", str(options.out)]
+    default = asdict(CaptureOptions())
+    for name, value in asdict(options.config).items():
+        if value != default[name]:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(words)
+
+
+def _record(store: ActivationStore) -> dict[str, object]:
+    return {
+        "out": str(store.folder),
+        "id": store.id,
+        "model": store.model_name,
+        "sites": [str(site) for site in store.sites],
+        "tokens": store.n_tokens,
+        "documents": store.n_documents,
+        "d_in": store.d_in(store.sites[0]),
+        "dtype": store.dtype,
+        "shards": len(store.shards),
+        "bytes": sum(entry.bytes for entry in store.manifest.files.values()),
+    }
+
+
+def _sentence(store: ActivationStore, config: CaptureConfig) -> str:
+    asked = config.tokens
+    short = (
+        f" (the corpus has no more than that, {asked:,} were asked for)"
+        if asked and store.n_tokens < asked
+        else ""
+    )
+    return (
+        f"{store.folder}: {store.n_tokens:,} tokens of {store.n_documents:,} documents at"
+        f" {', '.join(map(str, store.sites))}{short}"
+    )

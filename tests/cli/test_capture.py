@@ -1,0 +1,71 @@
+"""`unbraid capture`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from unbraid.activations.store import ActivationStore
+from unbraid.cli import main
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "corpus.txt"
+    path.write_text("\n\n".join(f"the red ball {i} was delayed by the storm" for i in range(20)))
+    return path
+
+
+def arguments(model: Path, text: Path, out: Path, *more: str) -> list[str]:
+    words = ["capture", "--model", str(model), "--site", "layers.1.resid_post"]
+    return [*words, "--text", str(text), "--out", str(out), *more]
+
+
+def test_json_says_what_was_made(tiny_gpt2: Path, text: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    more = ["--site", "blocks.0.hook_mlp_out", "--tokens", "100", "--shard-tokens", "64", "--json"]
+    assert main(arguments(tiny_gpt2, text, out, *more)) == 0
+    said = json.loads(capsys.readouterr().out)
+    store = ActivationStore(out, check=True)
+    assert said["tokens"] == store.n_tokens == 100 and said["shards"] == len(store.shards) == 2
+    assert said["sites"] == ["layers.1.resid_post", "layers.0.mlp_out"] and said["id"] == store.id
+    assert store.manifest.made_by.command == (
+        f"unbraid capture --model {tiny_gpt2} --site layers.1.resid_post --site blocks.0.hook_mlp_out"
+        f" --text {text} --out {out} --tokens 100 --shard-tokens 64"
+    )
+
+
+def test_a_sentence_says_that_the_corpus_was_too_small(
+    tiny_gpt2: Path, text: Path, tmp_path: Path, capsys
+) -> None:
+    assert main(arguments(tiny_gpt2, text, tmp_path / "out", "--tokens", "1000000")) == 0
+    assert "1,000,000 were asked for" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--site", "layers.9.resid_post"], "layers.9.resid_post"),
+        (["--site", "layers.0.resid"], "not known"),
+        (["--context", "257"], "context 257"),
+        (["--tokens", "0"], "--tokens"),
+        (["--text", "missing.txt"], "missing.txt is not a file"),
+        (["--model", "./missing"], "--model"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_with_two(
+    tiny_gpt2: Path, text: Path, tmp_path: Path, capsys, more: list[str], says: str
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    assert main(arguments(tiny_gpt2, text, tmp_path / "out", *more)) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and says in printed.err.splitlines()[-1]
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_existing_folder_stays_as_it_is(tiny_gpt2: Path, text: Path, tmp_path: Path, capsys) -> None:
+    assert main(arguments(tiny_gpt2, text, tmp_path)) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.txt"]
