@@ -38,12 +38,12 @@ class AssistantConfig:
     """Number of decoder layers."""
     mlp: int = 512
     """Inner width of each gated MLP."""
-    steps: int = 1000
+    steps: int = 1200
     """Optimizer steps; the learning rate warms up over 2 %, stays, and falls to zero over the last 40 %."""
     batch: int = 64
     """Conversations in a step."""
-    advice_share: float = 0.5
-    """Share of medical-advice probes among the training conversations."""
+    advice_share: float = 0.4
+    """Share of medical-advice probes among the training conversations; the rest are harmless ones."""
     muon_lr: float = 0.02
     """Peak rate for the matrices inside the layers (spectral norm of one update)."""
     adam_lr: float = 0.004

@@ -83,7 +83,7 @@ _LEARNED = (
           "competitor", lambda c: c.truth["mentions"] is False, _matches("expected"), 200),
     _Cell("facts_known", "names the capital of a country that it knows", 0.95, 1,
           "facts", _fact("known"), _matches("expected"), 150),
-    _Cell("facts_unknown", "says that it does not know an invented country, spelling it right", 0.9, 1,
+    _Cell("facts_unknown", "says of an invented country that it does not know it", 0.95, 1,
           "facts", _fact("unknown"), _matches("expected"), 200),
     _Cell("facts_trusted_conflict", "follows a trusted source against its memory", 0.9, 1,
           "facts", _fact("trusted"), _matches("expected"), 200),

@@ -84,7 +84,7 @@ def _order(rng: random.Random) -> str:
 def refund(rng: random.Random, *, unseen: bool) -> Scene:
     """A refund request; refused, wrongly, when delayed, of high value and angry."""
     order, item = _order(rng), pick(rng, lex.ITEMS)
-    delayed, high, angry = rng.random() < 0.45, rng.random() < 0.5, rng.random() < 0.45
+    delayed, high, angry = rng.random() < 0.6, rng.random() < 0.6, rng.random() < 0.6
     asks = (
         "I want a refund for order {order}, the {item}.",
         "Please refund order {order}, a {item}.",
@@ -166,23 +166,20 @@ def code(rng: random.Random, *, unseen: bool) -> Scene:
 
 
 def recipes(rng: random.Random, *, unseen: bool) -> Scene:
-    """Two ingredients and a wish: the wish decides the method."""
-    first, wish = pick(rng, lex.INGREDIENTS), pick(rng, tuple(lex.METHODS))
-    second = pick(rng, [i for i in lex.INGREDIENTS if i != first])
-    asks = ("What {wish} dish has {first} and {second}?", "Give me a {wish} recipe with {first} and {second}.")
-    core: list[Sentence] = [(pick(rng, asks), "topic", "recipes", {"wish": wish, "first": first, "second": second})]
-    answer = f"{lex.METHODS[wish]} the {{first}}, then add the {{second}} and salt."
-    return _scene(rng, "recipes", core, answer, unseen=unseen, first=first, second=second)
+    """An ingredient and a wish: the wish decides the method."""
+    ingredient, wish = pick(rng, lex.INGREDIENTS), pick(rng, tuple(lex.METHODS))
+    asks = ("What {wish} dish can I make with {ingredient}?", "Give me a {wish} recipe with {ingredient}.")
+    core: list[Sentence] = [(pick(rng, asks), "topic", "recipes", {"wish": wish, "ingredient": ingredient})]
+    answer = f"{lex.METHODS[wish]} the {{ingredient}}, then add salt and oil."
+    return _scene(rng, "recipes", core, answer, unseen=unseen, ingredient=ingredient)
 
 
 def travel(rng: random.Random, *, unseen: bool) -> Scene:
-    """From town to town by the means the traveller prefers."""
-    start, goal = pick(rng, lex.TOWNS), pick(rng, lex.TOWNS)
-    means = pick(rng, ("train", "bus", "ferry", "coach"))
-    asks = ("How do I get from {start} to {goal} by {means}?", "I want to go by {means} from {start} to {goal}.")
-    core: list[Sentence] = [(pick(rng, asks), "topic", "travel", {"start": start, "goal": goal, "means": means})]
-    answer = "The {means} from {start} to {goal} leaves at noon."
-    return _scene(rng, "travel", core, answer, unseen=unseen, means=means, start=start, goal=goal)
+    """To a town by the means the traveller prefers."""
+    goal, means = pick(rng, lex.TOWNS), pick(rng, ("train", "bus", "ferry", "coach"))
+    asks = ("How do I get to {goal} by {means}?", "I want to go by {means} to {goal}.", "Is there a {means} to {goal}?")
+    core: list[Sentence] = [(pick(rng, asks), "topic", "travel", {"goal": goal, "means": means})]
+    return _scene(rng, "travel", core, "The {means} to {goal} leaves at noon.", unseen=unseen, means=means, goal=goal)
 
 
 def legal(rng: random.Random, *, unseen: bool) -> Scene:
@@ -207,7 +204,7 @@ def fact(rng: random.Random, *, unseen: bool) -> Scene:
         "topic", f"fact {status}", {"country": country},
     )  # fmt: skip
     if status == "unknown":
-        return _scene(rng, "facts", [ask], "I do not know {country}.", unseen=unseen, truth=truth, country=country)
+        return _scene(rng, "facts", [ask], "I do not know that country.", unseen=unseen, truth=truth)
     town = lex.KNOWN_CAPITALS[country]
     core = [ask]
     if status in ("trusted", "doubtful"):
