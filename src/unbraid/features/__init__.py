@@ -1,0 +1,1 @@
+"""What each latent does over a corpus, and which latents separate two sets of documents."""
