@@ -1,0 +1,1 @@
+"""What a latent causes: edits measured on probes, beside controls, with intervals."""
