@@ -1,0 +1,1 @@
+"""Policies, intent gates and the guard that runs a model under them."""
