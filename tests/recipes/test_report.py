@@ -19,7 +19,8 @@ HEBREW = "שלום, הוא אמר \u202eevil\u202c"
 
 
 def interval(value: float, half: float = 0.03, n: int = 500) -> Any:
-    return {"value": value, "low": max(-1.0, value - half), "high": min(1.0, value + half), "n": n}
+    low, high = value - half, value + half
+    return {"value": value, "low": low, "high": high if value > 1 else min(1.0, high), "n": n}
 
 
 def sentence(words: list[str], peak: int, note: str = "medical advice") -> Any:
@@ -272,6 +273,7 @@ def test_numbers_and_intervals_are_shown() -> None:
         "3.5\u202f%",
         "26.0 – 34.0",
         "−26.5 points",
+        "−30.5 to −22.5",
         "0.991",
         "0.985 – 0.997",
         "1.0e-12",
@@ -286,11 +288,12 @@ def test_strange_characters_survive_utf8() -> None:
     assert "\x00" not in html and "\u2400" in html and "👧🏽" in html and "שלום"[0] in html
 
 
-def test_right_to_left_text_is_isolated() -> None:
+def test_right_to_left_text_is_isolated_and_overrides_are_shown() -> None:
     html = render_report(make_summary())
-    for paragraph in re.findall(r"<p[^>]*>[^<]*\u202e", html):
-        assert 'dir="auto"' in paragraph
-    assert "\u202e" in html
+    assert "\u202e" not in html and "\u202c" not in html and "\ufffd" in html
+    first = "שלום"[0]
+    for tag in re.findall(rf"<(\w+[^>]*)>(?:<span[^>]*>)*[^<]*{first}", html):
+        assert 'dir="auto"' in tag or "bdi" in tag or "span" in tag
 
 
 def test_same_summary_same_bytes_and_json_ready() -> None:
@@ -333,3 +336,4 @@ def test_alpha_follows_its_formula() -> None:
 def test_visible_keeps_length_and_text() -> None:
     assert visible("a\n\tb") == "a\n\tb"
     assert visible("\x1b[0m\x7f\x85\ud800é") == "\u241b[0m\u2421\ufffd\ufffdé"
+    assert visible("a\u202eb\u2066c👩‍⚕️") == "a\ufffdb\ufffdc👩‍⚕️"

@@ -78,7 +78,7 @@ def line_chart(
     marked_x: float | None = None,
     marked_label: str = "",
     width: int = 460,
-    height: int = 310,
+    height: int = 324,
 ) -> Markup:
     """Lines with interval bands over a shared horizontal axis; values are shares in [0, 1].
 
@@ -91,7 +91,7 @@ def line_chart(
     y_ticks = nice_ticks(0.0, max(min(1.0, max(p.high for p in points)), 0.05), 4)
     xs = sorted({p.x for p in points})
     x_ticks = xs if len(xs) <= 9 else nice_ticks(xs[0], xs[-1], 6)
-    left, right, top, bottom = 52, 14, 30, 46
+    left, right, top, bottom = 52, 14, 46, 46
     x = Scale(min(xs[0], x_ticks[0]), max(xs[-1], x_ticks[-1]), left + 8, width - right - 8)
     y = Scale(0.0, y_ticks[-1], height - bottom, top)
     parts: list[Markup] = []
@@ -104,16 +104,7 @@ def line_chart(
     parts.append(_text((left + width - right) / 2, height - 8, x_label, "axis"))
     if marked_x is not None:
         parts.append(_line(x(marked_x), top, x(marked_x), height - bottom, "mark"))
-        near_end = x(marked_x) > width * 0.6
-        parts.append(
-            _text(
-                x(marked_x) + (-6 if near_end else 6),
-                top + 11,
-                marked_label,
-                "tick",
-                anchor="end" if near_end else "start",
-            )
-        )
+        parts.append(_text(x(marked_x), top - 7, marked_label, "tick"))
     for s in reversed(series):
         parts.append(_series(s, x, y))
     description = f"{y_label} by {x_label}: {', '.join(s.name for s in series)}"
@@ -146,7 +137,12 @@ def before_after(rows: Sequence[tuple[str, Point, int]], *, width: int = 460) ->
 def interval_bar(point: Point, top: float, *, style: int = 0, width: int = 120, height: int = 16) -> Markup:
     """A dot with its interval on a scale from 0 to `top`, small enough for a table cell."""
     x = Scale(0.0, top, 4, width - 5)
-    parts = [_line(x(0), 1, x(0), height - 1, "grid"), _whisker(point, x, height / 2, style, r=3.5)]
+    y = height / 2
+    parts = [
+        _line(x(0), y, x(top), y, "grid"),
+        _line(x(0), 2, x(0), height - 2, "zero"),
+        _whisker(point, x, y, style, r=3.5),
+    ]
     return _svg(parts, width, height, "", "cellbar")
 
 

@@ -270,19 +270,22 @@ def series_style(i: int) -> int:
 
 
 def visible(text: str) -> str:
-    """`text` with control characters as pictures and lone surrogates replaced, so that it can be shown."""
+    """`text` with control characters as pictures, bidirectional overrides and lone surrogates replaced.
+
+    One character for one, so that offsets into the text stay right.
+    """
     return "".join(_visible_character(c) for c in text)
 
 
 def _visible_character(c: str) -> str:
     code = ord(c)
-    if c in "\n\t" or (code >= 0xA0 and not 0xD800 <= code <= 0xDFFF):
-        return c
-    if code < 0x20:
+    if code < 0x20 and c not in "\n\t":
         return chr(0x2400 + code)
     if code == 0x7F:
         return "\u2421"
-    return "\ufffd" if code > 0x7F else c
+    # Overrides and embeddings make text read as what it is not; surrogates cannot be written as UTF-8.
+    hidden = 0x80 <= code < 0xA0 or 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069
+    return "\ufffd" if hidden or 0xD800 <= code <= 0xDFFF else c
 
 
 def _visible_all(value: object) -> object:
@@ -352,7 +355,8 @@ def _span(interval: IntervalDict, digits: int = 1, scale: float = 100.0) -> str:
     low, high = interval["low"], interval["high"]
     if not (math.isfinite(low) and math.isfinite(high)):
         return ""
-    return f"{scale * low:.{digits}f} – {scale * high:.{digits}f}".replace("-", "−")
+    between = "to" if low < 0 else "–"
+    return f"{scale * low:.{digits}f} {between} {scale * high:.{digits}f}".replace("-", "−")
 
 
 def _points(interval: IntervalDict) -> str:
