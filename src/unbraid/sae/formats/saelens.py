@@ -1,0 +1,204 @@
+"""SAELens's folder: cfg.json and sae_weights.safetensors (versions 6, and 5 for reading).
+
+Weights: W_enc (d_in, d_sae), b_enc (d_sae,), W_dec (d_sae, d_in), b_dec (d_in,), for JumpReLU also
+threshold (d_sae,). What SAELens has no place for stands beside them: a TopK autoencoder's measured
+thresholds in thresholds.safetensors. SAELens is the default export: its own loader reads what is written
+here.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from unbraid.manifest.errors import IntegrityError, UserError
+from unbraid.manifest.files import write_bytes, write_json
+from unbraid.sae.base import SAE, SAEConfig
+from unbraid.sae.registry import build
+
+CONFIG = "cfg.json"
+WEIGHTS = "sae_weights.safetensors"
+THRESHOLDS = "thresholds.safetensors"
+SAELENS_VERSION = "6.54.12"
+"""The version whose format is written; its loader takes anything below 6 for the older format."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one architecture is called and stored."""
+
+    theirs: str
+    """Its name in cfg.json."""
+    tensors: tuple[str, ...]
+    """Tensors in the weights file."""
+
+
+_COMMON = ("W_enc", "b_enc", "W_dec", "b_dec")
+FORMS: dict[str, Form] = {
+    "topk": Form("topk", _COMMON),
+    "relu": Form("standard", _COMMON),
+    "jumprelu": Form("jumprelu", (*_COMMON, "threshold")),
+}
+
+
+def save(sae: SAE, folder: Path) -> None:
+    """Write an autoencoder into `folder`, which is made if it is missing; every file is replaced atomically.
+
+    Raises UserError for an architecture that only exists during training (BatchTopK: give it its
+    threshold first).
+    """
+    config = sae.config
+    form = FORMS.get(config.architecture)
+    if form is None:
+        raise UserError(
+            f"architecture {config.architecture!r} cannot be saved; convert it to one of {', '.join(FORMS)}"
+        )
+    state = {name: tensor.detach().contiguous().cpu() for name, tensor in sae.state_dict().items()}
+    write_bytes(folder / WEIGHTS, to_bytes({name: state[name] for name in form.tensors}))
+    if "threshold" in state and "threshold" not in form.tensors:
+        write_bytes(folder / THRESHOLDS, to_bytes({"threshold": state["threshold"]}))
+    write_json(folder / CONFIG, _record(config, form))
+
+
+def load(folder: Path) -> SAE:
+    """Read an autoencoder in SAELens's format.
+
+    Raises UserError, naming the file and field, when the folder has none or it is of a kind that is not
+    supported, and IntegrityError when a file is cut off or its tensors do not fit the configuration.
+    """
+    record = _modern(_read_json(folder / CONFIG))
+    config = _config(record, folder / CONFIG)
+    form = FORMS[config.architecture]
+    weights = _read_tensors(folder / WEIGHTS)
+    missing = [name for name in form.tensors if name not in weights]
+    if missing:
+        raise IntegrityError(f"{folder / WEIGHTS} lacks the tensor {missing[0]}; fetch or make it again")
+    state = {name: weights[name].float() for name in form.tensors}
+    if record.get("rescale_acts_by_decoder_norm"):  # pre-activations times the norm: folded into the encoder
+        norms = state["W_dec"].norm(dim=1)
+        state["W_enc"], state["b_enc"] = state["W_enc"] * norms, state["b_enc"] * norms
+        state["W_dec"] = state["W_dec"] / norms[:, None]
+    if "threshold" not in form.tensors and (folder / THRESHOLDS).is_file():
+        state["threshold"] = _read_tensors(folder / THRESHOLDS)["threshold"]
+    sae = build(config)
+    if "threshold" in state:
+        sae.register_buffer("threshold", torch.zeros(config.d_sae))
+    for name, tensor in sae.state_dict().items():
+        if tensor.shape != state[name].shape:
+            raise IntegrityError(
+                f"{folder / WEIGHTS}: {name} has shape {tuple(state[name].shape)} where {CONFIG} means "
+                f"{tuple(tensor.shape)}; fetch or make it again"
+            )
+    sae.load_state_dict(state)
+    return sae.requires_grad_(False)
+
+
+def _record(config: SAEConfig, form: Form) -> dict[str, Any]:
+    """What stands in cfg.json."""
+    metadata = {
+        **config.metadata,
+        "sae_lens_version": SAELENS_VERSION,
+        "model_name": config.model_name,
+        "model_id": config.model_id,
+        "hook_name": _hook_name(config.site),
+        "site": config.site,
+    }
+    record: dict[str, Any] = {
+        "architecture": form.theirs,
+        "d_in": config.d_in,
+        "d_sae": config.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": config.apply_b_dec_to_input,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": metadata,
+    }
+    if form.theirs == "topk":
+        record |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
+    return record
+
+
+def _hook_name(site: str) -> str:
+    from unbraid.model.sites import Site
+
+    return Site.parse(site).transformer_lens if site else ""
+
+
+def _config(record: dict[str, Any], path: Path) -> SAEConfig:
+    ours = {form.theirs: name for name, form in FORMS.items()}
+    theirs = record.get("architecture")
+    if theirs not in ours:
+        raise UserError(
+            f"{path}: architecture {theirs!r} is not supported; it must be one of {', '.join(ours)}"
+        )
+    if record.get("normalize_activations") not in (None, False, "none"):
+        raise UserError(
+            f"{path}: normalize_activations is {record['normalize_activations']!r}, which is not supported; "
+            "fold the normalisation into the weights first"
+        )
+    metadata = cast("dict[str, Any]", record.get("metadata") or {})
+    known = {"model_name", "model_id", "site", "hook_name", "sae_lens_version"}
+    try:
+        return SAEConfig(
+            architecture=ours[theirs],
+            d_in=int(record["d_in"]),
+            d_sae=int(record["d_sae"]),
+            k=int(record.get("k") or 0) if theirs == "topk" else 0,
+            site=str(metadata.get("site") or metadata.get("hook_name") or ""),
+            model_name=str(metadata.get("model_name") or ""),
+            model_id=str(metadata.get("model_id") or ""),
+            apply_b_dec_to_input=bool(record.get("apply_b_dec_to_input", True)),
+            metadata={name: value for name, value in metadata.items() if name not in known},
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} lacks a field or has a wrong one ({error}); mend it or fetch it again"
+        ) from error
+
+
+def _modern(record: dict[str, Any]) -> dict[str, Any]:
+    """A configuration from before version 6 in today's words; today's unchanged."""
+    if "metadata" in record:
+        return record
+    record = dict(record)
+    kwargs = cast("dict[str, Any]", record.get("activation_fn_kwargs") or {})
+    function = record.get("activation_fn_str") or record.get("activation_fn") or "relu"
+    if function == "topk" and "k" in kwargs:
+        record |= {"architecture": "topk", "k": kwargs["k"]}
+    elif function != "relu":
+        record["architecture"] = str(function)
+    record.setdefault("architecture", "standard")
+    names = ("model_name", "hook_name", "context_size", "dataset_path", "prepend_bos")
+    record["metadata"] = {name: record[name] for name in names if name in record}
+    record["metadata"].setdefault("hook_name", record.get("hook_point"))
+    return record
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; give the folder of an autoencoder") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON; fetch or make the autoencoder again") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{path} is not a JSON object; fetch or make the autoencoder again")
+    return cast("dict[str, Any]", record)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; fetch or make the autoencoder again") from error
+    except SafetensorError as error:
+        raise IntegrityError(f"{path} is cut off or damaged; fetch or make the autoencoder again") from error
