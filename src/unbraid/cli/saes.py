@@ -1,0 +1,38 @@
+"""Open an autoencoder by its folder, know its identity, and make sure that it belongs to the model."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+from unbraid.manifest.errors import UserError
+from unbraid.manifest.identity import sha256_file
+from unbraid.manifest.record import MANIFEST, check_files
+from unbraid.model.load import LanguageModel
+from unbraid.sae.base import SAE
+
+
+def open_sae(folder: Path, lm: LanguageModel) -> tuple[SAE, str]:
+    """The autoencoder and its content id: its manifest's, or its weights' hash where it comes without
+    one.
+
+    Raises IntegrityError when its files do not match its manifest and UserError when it was trained on
+    another model.
+    """
+    sae = SAE.from_pretrained(folder)
+    if (folder / MANIFEST).is_file():
+        identity = check_files(folder).id
+    else:
+        identity = sha256_file(folder / "sae_weights.safetensors")
+    if sae.config.model_id and sae.config.model_id != lm.id:
+        raise UserError(
+            f"the SAE in {folder} was trained on weights {sae.config.model_id[:12]}… but model {lm.name} has "
+            f"{lm.id[:12]}…; name the model that it was trained on"
+        )
+    return sae, identity
+
+
+def this_command() -> str:
+    """The command line that is running, as one can paste it."""
+    return shlex.join(["unbraid", *sys.argv[1:]])
