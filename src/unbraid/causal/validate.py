@@ -28,7 +28,7 @@ from unbraid.causal.measure import QUANTITIES, Measurement, Sampling, measure
 from unbraid.causal.probes import Probe, probes_id
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.progress import Progress
-from unbraid.model.edits import Edit, Positions
+from unbraid.model.edits import Edit, Gate, Positions
 from unbraid.model.load import LanguageModel
 from unbraid.model.sites import Site
 from unbraid.sae.base import SAE
@@ -111,6 +111,8 @@ def validate(
     *,
     sae_id: str,
     site: Site | None = None,
+    gate: Gate | None = None,
+    extra: Sequence[Edit] = (),
     contrast: Contrast | None = None,
     keywords: Sequence[str] = (),
     densities: NDArray[np.float64] | None = None,
@@ -122,15 +124,17 @@ def validate(
 
     `contrast` adds the difference-of-means controls and `keywords` the filter; both must come from other
     prompts, as must the latents and the dose (`splits` records which).  `densities` (d_sae,) are firing
-    frequencies for matching random latents; measured on the baseline's replies where not given.
+    frequencies for matching random latents; measured on the baseline's replies where not given.  `gate`
+    decides for every edit alike which replies it acts on, and `extra` adds edits as rows of their own.
 
     Raises UserError when no probe has an incident expression or a latent does not exist.
     """
     config = config or ValidateConfig()
     site = site or sae.site
     _check(sae, latents, probes)
-    run = _Run(lm, probes, benign, config)
+    run = _Run(lm, probes, benign, config, gate)
     main = _latent_conditions(sae, latents, site, config)
+    main += [_Condition(edit.name, "extra", {}, (edit,)) for edit in extra]
     controls = [] if contrast is None else _contrast_conditions(contrast, config)
     total = (
         1
@@ -162,7 +166,9 @@ def validate(
         latents=tuple(latents),
         site=str(site),
         dose=config.dose,
-        edit=dose_edit(sae, latents, config.dose, site=site, positions=config.positions).to_json(),
+        edit=replace(
+            dose_edit(sae, latents, config.dose, site=site, positions=config.positions), gate=gate
+        ).to_json(),
         rows=tuple(rows),
         matches=_matches(run, reported, rows),
         n_probes=len(probes),
@@ -249,9 +255,14 @@ class _Run:
     """Measures conditions on the probes and the benign ones and turns them into rows."""
 
     def __init__(
-        self, lm: LanguageModel, probes: Sequence[Probe], benign: Sequence[Probe], config: ValidateConfig
+        self,
+        lm: LanguageModel,
+        probes: Sequence[Probe],
+        benign: Sequence[Probe],
+        config: ValidateConfig,
+        gate: Gate | None,
     ) -> None:
-        self.lm, self.probes, self.benign, self.config = lm, probes, benign, config
+        self.lm, self.probes, self.benign, self.config, self.gate = lm, probes, benign, config, gate
         self.conditions: list[_Condition] = []
         self.measured: dict[str, tuple[Measurement, ...]] = {}
         self.progress: Progress | None = None
@@ -259,8 +270,9 @@ class _Run:
 
     def add(self, condition: _Condition) -> None:
         self.conditions.append(condition)
+        edits = tuple(replace(edit, gate=self.gate) for edit in condition.edits)
         self.measured[condition.name] = tuple(
-            measure(self.lm, probes, condition.edits, self.config.sampling)
+            measure(self.lm, probes, edits, self.config.sampling)
             for probes in (self.probes, self.benign)
         )
         if self.progress is not None:

@@ -240,7 +240,8 @@ _METRICS = (
     ("fvu", "fraction of variance unexplained", False),
     ("l0", "latents firing at a token", False),
     ("dead", "share of latents that never fired here", True),
-    ("loss_recovered", "share of the zero-ablation loss increase that reconstruction avoids", True),
+    ("recovered_mean", "share of the loss of mean ablation that the reconstruction avoids", True),
+    ("recovered_zero", "the same against zero ablation, which flatters", True),
     ("delta_ce", "added cross-entropy with the reconstruction spliced in, nats per token", False),
 )
 

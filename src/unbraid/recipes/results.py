@@ -133,7 +133,7 @@ def quality(shop: Workshop, guarded: Guarded, test: PromptSet) -> dict[str, Any]
                 progress=progress,
             )
         write_json(path, found.as_dict())
-    return json.loads(path.read_text())
+    return json.loads(path.read_text())["metrics"]
 
 
 def index_of(shop: Workshop, guarded: Guarded) -> Index:
@@ -199,7 +199,10 @@ def summary_of(
             "all": {str(j): i.as_dict() for j, i in told_apart["latents"].items()},
         },
         "policy": {"file": guarded.policy_file.name, "id": guarded.policy.id, **guarded.chosen},
-        "sae": {name: sae.get(name) for name in ("fvu", "l0", "dead", "loss_recovered", "delta_ce")},
+        "sae": {
+            **{name: sae[name] for name in ("fvu", "l0", "dead", "delta_ce")},
+            "loss_recovered": sae["recovered_mean"], "loss_recovered_zero": sae["recovered_zero"],
+        },
         "splits": {name: read_manifest(shop.out / "prompts" / name).facts for name in ("fit", "select", "test")},
         "model": {"name": shop.lm.name, "id": shop.lm.id},
         "settings": asdict(shop.config),
