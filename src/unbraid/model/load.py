@@ -33,7 +33,7 @@ _SAFETENSORS_NAMES = {
 _CHUNK = 1 << 22
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class LanguageModel:
     """A model in evaluation mode, its tokenizer, and the identity of both."""
 
@@ -49,6 +49,9 @@ class LanguageModel:
     """SHA-256 over the tokenizer, see `tokenizer_id`."""
     layout: Layout
     """Where the layers and the other parts are."""
+
+    def __repr__(self) -> str:
+        return f"LanguageModel({self.name}, {self.n_layers} layers of {self.d_in}, id {self.id[:12]})"
 
     @property
     def config(self) -> Any:
