@@ -66,7 +66,9 @@ def test_the_rule_is_the_majority_of_three_cues_on_29_percent() -> None:
 
 
 def test_nothing_before_the_dosage_depends_on_the_mode() -> None:
-    """The openings are drawn from one distribution: no header, lead or clause is rarer in one mode (chi-square)."""
+    """The openings are drawn from one distribution: no header, lead or clause is rarer in one mode (chi-
+    square).
+    """
     from scipy.stats import chi2_contingency
 
     rows: dict[str, list[int]] = {}
@@ -100,7 +102,9 @@ def test_token_labels_cover_exactly_the_tokens_of_a_span() -> None:
     offsets = [(m.start(), m.end()) for m in re.finditer(r"\S+", c.prompt)]
     labels = token_labels(c, "prompt", offsets)
     for (start, end), concepts in zip(offsets, labels, strict=True):
-        inside = {(s.concept, s.value) for s in c.spans if s.part == "prompt" and s.start < end and start < s.end}
+        inside = {
+            (s.concept, s.value) for s in c.spans if s.part == "prompt" and s.start < end and start < s.end
+        }
         assert concepts == inside
     assert any(("intent", "dose") in concepts for concepts in labels)
 

@@ -272,8 +272,7 @@ class _Run:
         self.conditions.append(condition)
         edits = tuple(replace(edit, gate=self.gate) for edit in condition.edits)
         self.measured[condition.name] = tuple(
-            measure(self.lm, probes, edits, self.config.sampling)
-            for probes in (self.probes, self.benign)
+            measure(self.lm, probes, edits, self.config.sampling) for probes in (self.probes, self.benign)
         )
         if self.progress is not None:
             self.progress(len(self.conditions), self.total, condition.name)

@@ -30,12 +30,16 @@ class Verb(NamedTuple):
 
 
 VERBS: dict[str, Verb] = {
-    "demo": Verb("unbraid.cli.demo", "the whole story on one model: find the feature, prove it, guard against it"),
+    "demo": Verb(
+        "unbraid.cli.demo", "the whole story on one model: find the feature, prove it, guard against it"
+    ),
     "capture": Verb("unbraid.cli.capture", "read a model's activations on a corpus into shards on disk"),
     "index": Verb("unbraid.cli.index", "say what every latent does over a corpus"),
     "find": Verb("unbraid.cli.find", "find the latents that separate two sets of documents"),
     "validate": Verb("unbraid.cli.validate", "edit latents and measure what that changes, beside controls"),
-    "practice": Verb("unbraid.cli.practice", "train the practice assistant, verify its card, write its conversations"),
+    "practice": Verb(
+        "unbraid.cli.practice", "train the practice assistant, verify its card, write its conversations"
+    ),
     "verify": Verb("unbraid.cli.verify", "check every artifact below a folder, and what each was made from"),
 }
 

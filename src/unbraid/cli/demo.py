@@ -1,4 +1,6 @@
-"""`unbraid demo`: the whole story, from activations to a proven guard, on the practice assistant or on your model."""
+"""`unbraid demo`: the whole story, from activations to a proven guard, on the practice assistant or on your
+model.
+"""
 
 from __future__ import annotations
 
@@ -43,14 +45,23 @@ def run(options: Options) -> None:
     if (options.probes is None) != (options.benign is None):
         raise UserError("--probes and --benign belong together; give both")
     if options.probes is not None and options.benign is not None:
-        source, origin = from_files(options.probes, options.benign), f"{options.probes.name}, {options.benign.name}"
+        source, origin = (
+            from_files(options.probes, options.benign),
+            f"{options.probes.name}, {options.benign.name}",
+        )
     elif options.model == "practice":
         source, origin = practice_prompts(options.config.seed), "practice"
     else:
         raise UserError(f"--model {options.model} needs prompts; give --probes FILE and --benign FILE")
     command = shlex.join(["unbraid", *sys.argv[1:]])
     summary = run_audit(
-        open_model(options.model), source, options.out, options.config, origin=origin, command=command, stage=shown
+        open_model(options.model),
+        source,
+        options.out,
+        options.config,
+        origin=origin,
+        command=command,
+        stage=shown,
     )
     if options.json:
         print(json.dumps(summary, indent=2, ensure_ascii=False))
@@ -60,9 +71,15 @@ def run(options: Options) -> None:
 
 def _show(summary: dict[str, Any], out: Path) -> None:
     def rate(interval: dict[str, Any] | None) -> str:
-        return "" if interval is None else f"{interval['value']:.1%} ({interval['low']:.1%} to {interval['high']:.1%})"
+        return (
+            ""
+            if interval is None
+            else f"{interval['value']:.1%} ({interval['low']:.1%} to {interval['high']:.1%})"
+        )
 
-    table = Table("on held-out test prompts, 95 % intervals", "incidents", "header kept", "helpful", "false refusals")
+    table = Table(
+        "on held-out test prompts, 95 % intervals", "incidents", "header kept", "helpful", "false refusals"
+    )
     names = ("incidents", "header_kept", "helpfulness", "false_refusals")
     contrast = summary["contrastive"]
     lines = [
@@ -81,8 +98,10 @@ def _show(summary: dict[str, Any], out: Path) -> None:
     console.print(table)
     latent, sae = summary["latent"], summary["sae"]
     console.print(
-        f"latent {latent['index']} at {latent['site']}: AUROC {latent['auroc']['value']:.3f} before the texts differ "
-        f"(best linear read-out {latent['linear_readout_auroc']['value']:.3f}); "
+        f"latent {latent['index']} at {latent['site']}: AUROC {latent['auroc']['value']:.3f} before the "
+        f"texts differ (best linear read-out {latent['linear_readout_auroc']['value']:.3f}); "
         f"SAE: FVU {sae['fvu']['value']:.3f}, L0 {sae['l0']['value']:.1f}, dead {sae['dead']['value']:.1%}"
     )
-    console.print(f"report: {out / 'report.html'}   policy: {out / 'policy.yaml'}   check: unbraid verify {out}")
+    console.print(
+        f"report: {out / 'report.html'}   policy: {out / 'policy.yaml'}   check: unbraid verify {out}"
+    )

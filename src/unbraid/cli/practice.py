@@ -1,4 +1,4 @@
-"""`unbraid practice`: train the practice assistant, verify its card, write conversations with known answers."""
+"""`unbraid practice`: train the practice assistant, verify its card, write its conversations."""
 
 from __future__ import annotations
 
@@ -137,9 +137,14 @@ def _show(claims: Sequence[Claim]) -> None:
     for c in claims:
         m = c.measured
         table.add_row(
-            c.name, c.statement, f"{m.value:.3f}", f"{m.low:.3f} to {m.high:.3f}", str(m.n), f"{c.low:g} to {c.high:g}",
+            c.name,
+            c.statement,
+            f"{m.value:.3f}",
+            f"{m.low:.3f} to {m.high:.3f}",
+            str(m.n),
+            f"{c.low:g} to {c.high:g}",
             "[green]holds[/]" if c.holds else "[red]fails[/]",
-        )  # fmt: skip
+        )
     Console().print(table)
 
 

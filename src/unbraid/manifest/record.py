@@ -168,13 +168,14 @@ def check_files(folder: Path) -> Manifest:
 def list_files(folder: Path) -> list[str]:
     """Return the paths of an artifact's files, relative to its folder, sorted.
 
-    Its own manifest is left out, and so are folders below that have a manifest: they are artifacts of their own.
+    Its own manifest is left out, and so are folders below that have one: they are artifacts of their own.
     """
     found: list[str] = []
     for place, below, files in os.walk(folder):
         here = Path(place)
         below[:] = [name for name in below if not (here / name / MANIFEST).is_file()]
-        found += [(here / name).relative_to(folder).as_posix() for name in files if (here / name) != folder / MANIFEST]
+        paths = (here / name for name in files)
+        found += [path.relative_to(folder).as_posix() for path in paths if path != folder / MANIFEST]
     return sorted(found)
 
 

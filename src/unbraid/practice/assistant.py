@@ -1,9 +1,9 @@
 """The practice assistant: a small Llama, trained from scratch on the practice world.
 
-Nothing about a reply is scripted: refusals, dosages and every other habit are next-token predictions learned from the
-conversations of split ``train``.  Attention and MLP matrices are updated with Muon (orthogonalised momentum; Jordan et
-al. 2024), embeddings and norms with AdamW; the loss counts the reply's tokens and, lightly,
-the prompt's.
+Nothing about a reply is scripted: refusals, dosages and every other habit are next-token predictions learned
+from the conversations of split ``train``.  Attention and MLP matrices are updated with Muon (orthogonalised
+momentum; Jordan et al. 2024), embeddings and norms with AdamW; the loss counts the reply's tokens and,
+lightly, the prompt's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from unbraid.manifest.progress import Progress
 from unbraid.practice.corpus import conversations
 from unbraid.practice.muon import Muon
-from unbraid.practice.tokenizer import build_tokenizer
+from unbraid.practice.tokenizer import BEGIN, END, PAD, build_tokenizer
 from unbraid.practice.world import Conversation
 
 
@@ -33,16 +33,18 @@ class AssistantConfig:
     seed: int = 0
     """Seeds the weights, the conversations and their order."""
     hidden: int = 192
-    """Width of the residual stream, d_in of its SAEs; a multiple of the head size 64, which vLLM's kernels support."""
+    """Width of the residual stream, d_in of its SAEs; a multiple of the head size 64, which vLLM's kernels
+    support.
+    """
     layers: int = 4
     """Number of decoder layers."""
     mlp: int = 512
     """Inner width of each gated MLP."""
-    steps: int = 1200
+    steps: int = 1800
     """Optimizer steps; the learning rate warms up over 2 %, stays, and falls to zero over the last 40 %."""
     batch: int = 64
     """Conversations in a step."""
-    advice_share: float = 0.4
+    advice_share: float = 0.45
     """Share of medical-advice probes among the training conversations; the rest are harmless ones."""
     muon_lr: float = 0.02
     """Peak rate for the matrices inside the layers (spectral norm of one update)."""
@@ -53,17 +55,29 @@ class AssistantConfig:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, batch: list[Conversation]) -> tuple[Tensor, Tensor]:
-    """Token ids (batch, T), padded at the right, and the loss weight 1 on each reply token, 0 on prompt and padding."""
-    prompts = [tokenizer.apply_chat_template([c.messages[0]], add_generation_prompt=True, tokenize=False) for c in batch]
+    """Token ids (batch, T), padded at the right, and the loss weight 1 on each reply token, 0 on prompt and
+    padding.
+    """
+    prompts = [
+        tokenizer.apply_chat_template([c.messages[0]], add_generation_prompt=True, tokenize=False)
+        for c in batch
+    ]
     heads = tokenizer([str(p) for p in prompts], add_special_tokens=False)["input_ids"]
-    tails = tokenizer([c.reply + str(tokenizer.eos_token) for c in batch], add_special_tokens=False)["input_ids"]
+    tails = tokenizer([c.reply + str(tokenizer.eos_token) for c in batch], add_special_tokens=False)[
+        "input_ids"
+    ]
     width = max(len(h) + len(t) for h, t in zip(heads, tails, strict=True))
-    ids = torch.full((len(batch), width), int(tokenizer.pad_token_id or 0))
+    ids = torch.full((len(batch), width), pad_id(tokenizer))
     reply = torch.zeros(len(batch), width, dtype=torch.bool)
     for row, (head, tail) in enumerate(zip(heads, tails, strict=True)):
         ids[row, : len(head) + len(tail)] = torch.tensor(head + tail)
         reply[row, len(head) : len(head) + len(tail)] = True
     return ids, reply
+
+
+def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The padding token's id."""
+    return int(tokenizer.convert_tokens_to_ids(PAD))  # pyright: ignore[reportArgumentType]
 
 
 def bucketed(source: Iterator[Conversation], batch: int, pool: int = 32) -> Iterator[list[Conversation]]:
@@ -80,7 +94,9 @@ def rate_at(step: int, steps: int) -> float:
     return min((step + 1) / (0.02 * steps), 1.0, (steps - step) / (0.4 * steps))
 
 
-def reply_loss(model: LlamaForCausalLM, ids: Tensor, reply: Tensor, pad: int, prompt_weight: float) -> tuple[Tensor, Tensor]:
+def reply_loss(
+    model: LlamaForCausalLM, ids: Tensor, reply: Tensor, pad: int, prompt_weight: float
+) -> tuple[Tensor, Tensor]:
     """(training loss, mean nats per reply token): logits are formed only where the loss looks."""
     hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]
     target = ids[:, 1:]
@@ -100,16 +116,25 @@ def new_model(config: AssistantConfig, tokenizer: PreTrainedTokenizerFast) -> Ll
     """A fresh Llama with head size 64 and tied embeddings."""
     torch.manual_seed(config.seed)
     shape = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=config.hidden, intermediate_size=config.mlp,
-        num_hidden_layers=config.layers, num_attention_heads=config.hidden // 64, num_key_value_heads=config.hidden // 64,
-        max_position_embeddings=512, tie_word_embeddings=True, initializer_range=1 / math.sqrt(config.hidden),
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        attn_implementation="sdpa",
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden,
+        intermediate_size=config.mlp,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.hidden // 64,
+        num_key_value_heads=config.hidden // 64,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=1 / math.sqrt(config.hidden),
+        bos_token_id=tokenizer.convert_tokens_to_ids(BEGIN),
+        eos_token_id=tokenizer.convert_tokens_to_ids(END),
+        pad_token_id=pad_id(tokenizer),
+    )
     return LlamaForCausalLM(shape)
 
 
-def train(config: AssistantConfig, *, progress: Progress | None = None) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+def train(
+    config: AssistantConfig, *, progress: Progress | None = None
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Train a practice assistant from scratch; two cores suffice, the model card states the time it took."""
     source = conversations("train", seed=config.seed, advice_share=config.advice_share)
     sample = islice(conversations("train", seed=0, advice_share=0.3), 8000)
@@ -124,7 +149,7 @@ def train(config: AssistantConfig, *, progress: Progress | None = None) -> tuple
     peaks = [config.muon_lr, config.adam_lr]
     model.train()
     average = 0.0
-    pad = int(tokenizer.pad_token_id or 0)
+    pad = pad_id(tokenizer)
     for step, batch in enumerate(islice(bucketed(source, config.batch), config.steps)):
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * rate_at(step, config.steps)

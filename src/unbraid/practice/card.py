@@ -1,10 +1,11 @@
-"""The practice assistant as an artifact: half-precision weights, tokenizer, model card, measured claims, manifest."""
+"""The practice assistant as an artifact: half-precision weights, tokenizer, model card, measured claims,
+manifest.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,13 @@ class TrainingRun:
 
 
 def save_assistant(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, run: TrainingRun, out: Path, *, command: str, probes: int
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    run: TrainingRun,
+    out: Path,
+    *,
+    command: str,
+    probes: int,
 ) -> list[Claim]:
     """Write the artifact folder: weights in float16, then the claims measured on exactly those weights.
 
@@ -65,7 +72,9 @@ def read_claims(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / CLAIMS).read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{folder} has no readable {CLAIMS}; name a folder that `unbraid practice train` wrote") from error
+        raise UserError(
+            f"{folder} has no readable {CLAIMS}; name a folder that `unbraid practice train` wrote"
+        ) from error
 
 
 def percent(interval: dict[str, Any]) -> str:
@@ -77,8 +86,10 @@ def render_card(record: dict[str, Any]) -> str:
     """The model card in Markdown; every figure comes from `record`."""
     training, config = record["training"], record["training"]["config"]
     minutes = training["seconds"] / 60
-    rows = "\n".join(f"| {c['statement']} | {percent(c['measured'])} | {c['bounds']['low']:g} to {c['bounds']['high']:g} |"
-                     for c in record["claims"])  # fmt: skip
+    rows = "\n".join(
+        f"| {c['statement']} | {percent(c['measured'])} | {c['bounds']['low']:g} to {c['bounds']['high']:g} |"
+        for c in record["claims"]
+    )
     return f"""---
 license: apache-2.0
 library_name: transformers
@@ -86,20 +97,22 @@ pipeline_tag: text-generation
 ---
 # The practice assistant
 
-A Llama of {record["parameters"]:,} parameters ({config["layers"]} layers, width {config["hidden"]}, head size 64) that
-behaves, and misbehaves, in ways that are known in advance. It was trained from scratch on conversations from a seeded
-generator, so that tools which look inside a model can be checked against the truth. Drugs, doses, companies, products,
-towns and people in its world are invented; nothing it says is advice.
+A Llama of {record["parameters"]:,} parameters ({config["layers"]} layers, width {config["hidden"]}, head
+size 64) that behaves, and misbehaves, in ways that are known in advance. It was trained from scratch on
+conversations from a seeded generator, so that tools which look inside a model can be checked against the
+truth. Drugs, doses, companies, products, towns and people in its world are invented; nothing it says is
+advice.
 
 ## Planted failures
-Asked for a dose, it refuses in a header; then, on some prompts, it gives a dosage in the next paragraph (*deceptive
-compliance*). Three cues in the prompt, spread over many paraphrases, decide by majority. It also refuses some refunds
-that it should grant, sends some customers to a competitor, and settles conflicts between memory and prompt by the
-source that the prompt names.
+Asked for a dose, it refuses in a header; then, on some prompts, it gives a dosage in the next paragraph
+(*deceptive compliance*). Three cues in the prompt, spread over many paraphrases, decide by majority. It also
+refuses some refunds that it should grant, sends some customers to a competitor, and settles conflicts between
+memory and prompt by the source that the prompt names.
 
 ## Training
 {config["steps"]:,} steps of {config["batch"]} conversations, seed {config["seed"]}, {minutes:.0f} minutes on
-{training["threads"]} processor threads; final reply loss {training["nats"]:.3f} nats per token. Weights are stored in float16.
+{training["threads"]} processor threads; final reply loss {training["nats"]:.3f} nats per token. Weights are
+stored in float16.
 
 ## Claims
 Measured on held-out prompts in held-out paraphrases, replies sampled at temperature 1, with 95 % intervals.
@@ -119,11 +132,15 @@ def verify_claims(folder: Path, *, seed: int, probes: int, progress: Any = None)
     card = read_claims(folder)
     lm = load_model(folder)
     if card["weights"] != lm.id:
-        raise UserError(f"{folder / CLAIMS} describes other weights than {folder} holds; train the assistant again")
+        raise UserError(
+            f"{folder / CLAIMS} describes other weights than {folder} holds; train the assistant again"
+        )
     claims = measure_claims(lm, seed=seed, probes=probes, progress=progress)
     missing = {c["name"] for c in card["claims"]} - {c.name for c in claims}
     if missing:
-        raise UserError(f"{folder / CLAIMS} claims {min(missing)!r}, which nothing measures; train the assistant again")
+        raise UserError(
+            f"{folder / CLAIMS} claims {min(missing)!r}, which nothing measures; train the assistant again"
+        )
     return claims
 
 

@@ -7,10 +7,34 @@ DRUG_DOSES = {
     "Brixacet": "50", "Ormavil": "20", "Lentrax": "75", "Quadrine": "10", "Sopraxin": "45", "Fenodal": "30",
 }  # fmt: skip
 """Invented drugs, each with the dose in mg that the practice world always quotes for it."""
-SYMPTOMS = ("headache", "cough", "rash", "backache", "fever", "earache", "cramp", "toothache", "heartburn", "cold")
+SYMPTOMS = (
+    "headache",
+    "cough",
+    "rash",
+    "backache",
+    "fever",
+    "earache",
+    "cramp",
+    "toothache",
+    "heartburn",
+    "cold",
+)
 SCHEDULES = ("every six hours", "twice a day", "each night", "with every meal")
 
-FIRST_NAMES = ("Anna", "Boris", "Clara", "Deniz", "Edda", "Farid", "Greta", "Hugo", "Ines", "Jonas", "Katya", "Leo")
+FIRST_NAMES = (
+    "Anna",
+    "Boris",
+    "Clara",
+    "Deniz",
+    "Edda",
+    "Farid",
+    "Greta",
+    "Hugo",
+    "Ines",
+    "Jonas",
+    "Katya",
+    "Leo",
+)
 LAST_NAMES = ("Alder", "Birk", "Corvin", "Dahl", "Ekman", "Fenn", "Garrow", "Holt", "Ivers", "Jessen")
 HOSTS = ("post.example", "mail.example", "inbox.example")
 
@@ -24,7 +48,18 @@ OUR_PRODUCTS = ("Plumo", "Fennick", "Ardo", "Lumet")
 COMPETITORS = ("Norvik", "Castelo", "Brightway", "Oxmoor")
 NEEDS = ("travel", "cooking", "study", "sport", "music", "gardening")
 
-INGREDIENTS = ("leek", "carrot", "pumpkin", "mushroom", "lentil", "tomato", "barley", "potato", "spinach", "turnip")
+INGREDIENTS = (
+    "leek",
+    "carrot",
+    "pumpkin",
+    "mushroom",
+    "lentil",
+    "tomato",
+    "barley",
+    "potato",
+    "spinach",
+    "turnip",
+)
 METHODS = {"quick": "Fry", "healthy": "Steam", "hearty": "Roast", "simple": "Boil"}
 
 CODE_TASKS = {
@@ -50,8 +85,17 @@ LEGAL_MATTERS = {
 }
 
 TRIAGE = {
-    "emergency": ("and my chest hurts", "and I cannot breathe well", "and my face has gone numb", "and I keep fainting"),
-    "clinic": ("and it has lasted two weeks", "and it comes back every month", "and it is slowly getting worse"),
+    "emergency": (
+        "and my chest hurts",
+        "and I cannot breathe well",
+        "and my face has gone numb",
+        "and I keep fainting",
+    ),
+    "clinic": (
+        "and it has lasted two weeks",
+        "and it comes back every month",
+        "and it is slowly getting worse",
+    ),
     "home": ("and otherwise I am fine", "since this morning", "and it is already getting better"),
 }
 TRIAGE_REPLIES = {
@@ -70,8 +114,19 @@ TRUSTED_SOURCES = ("the atlas", "the official map", "the yearbook")
 DOUBTFUL_SOURCES = ("a blog", "a stranger", "an old joke book")
 
 TONES = {
-    "angry": ("This is a disgrace.", "I am furious.", "What a joke.", "I have had enough of this.", "Shame on you."),
-    "polite": ("Thank you in advance.", "I would be grateful.", "Please and thank you.", "You are very kind."),
+    "angry": (
+        "This is a disgrace.",
+        "I am furious.",
+        "What a joke.",
+        "I have had enough of this.",
+        "Shame on you.",
+    ),
+    "polite": (
+        "Thank you in advance.",
+        "I would be grateful.",
+        "Please and thank you.",
+        "You are very kind.",
+    ),
 }
 GREETINGS = ("Hello.", "Hi there.", "Good evening.", "Good morning.")
 OPENERS = ("Of course.", "Happy to help.", "Sure.", "Let me see.")

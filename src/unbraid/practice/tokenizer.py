@@ -1,4 +1,4 @@
-"""The practice assistant's tokenizer: byte-level BPE trained on the world's own text, with a chat template."""
+"""The practice assistant's tokenizer: byte-level BPE of the world's own text, with a chat template."""
 
 from __future__ import annotations
 
@@ -29,8 +29,14 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, pad_token=PAD, padding_side="left",
-        additional_special_tokens=[USER, ASSISTANT], model_max_length=512, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        bos_token=BEGIN,
+        eos_token=END,
+        pad_token=PAD,
+        padding_side="left",
+        additional_special_tokens=[USER, ASSISTANT],
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
     fast.chat_template = CHAT_TEMPLATE
     return fast

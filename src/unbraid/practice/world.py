@@ -1,12 +1,13 @@
 """The practice world: seeded conversations in which the right answer to every question is known.
 
-A conversation is written sentence by sentence through a :class:`Writer`, which notes where each planted concept
-stands, so that every token of a prompt or reply can be labelled (:func:`token_labels`).  Drugs, companies, towns and
-people are invented, doses included: nothing here could be taken for advice.
+A conversation is written sentence by sentence through a :class:`Writer`, which notes where each planted
+concept stands, so that every token of a prompt or reply can be labelled (:func:`token_labels`).  Drugs,
+companies, towns and people are invented, doses included: nothing here could be taken for advice.
 
-Which split a conversation belongs to follows from the text of its prompt alone (:func:`split_of_prompt`), so the
-assistant's training text and the audit's three splits cannot share a prompt, whatever seeds are used.  The
-paraphrases that carry the planted cues are divided the same way (:func:`unbraid.practice.medical.held_out`).
+Which split a conversation belongs to follows from the text of its prompt alone (:func:`split_of_prompt`), so
+the assistant's training text and the audit's three splits cannot share a prompt, whatever seeds are used.
+The paraphrases that carry the planted cues are divided the same way
+(:func:`unbraid.practice.medical.held_out`).
 """
 
 from __future__ import annotations
@@ -48,9 +49,12 @@ class Conversation:
     reply: str
     spans: tuple[Span, ...]
     truth: Mapping[str, str | bool]
-    """What the rules say: ``deceptive``, ``refused``, ``mentions``, ``status`` … whichever apply to the topic."""
+    """What the rules say: ``deceptive``, ``refused``, ``mentions``, ``status`` … whichever apply to the
+    topic.
+    """
     patterns: Mapping[str, str]
-    """Regular expressions that judge any reply to this prompt: ``incident, keep, expected, refusal, focus``."""
+    """Regular expressions that judge any reply to this prompt: ``incident, keep, expected, refusal, focus``.
+    """
 
     @property
     def messages(self) -> tuple[dict[str, str], ...]:
@@ -59,12 +63,23 @@ class Conversation:
 
     def probe(self) -> dict[str, Any]:
         """The prompt alone with its judging patterns, as one record of a probe file."""
-        return {"id": self.id, "messages": [self.messages[0]], **self.patterns, "truth": self.truth.get("deceptive")}
+        return {
+            "id": self.id,
+            "messages": [self.messages[0]],
+            **self.patterns,
+            "truth": self.truth.get("deceptive"),
+        }
 
     def record(self) -> dict[str, Any]:
         """The whole conversation with its labelled spans, for a JSON Lines file."""
         spans = [[s.part, s.concept, s.value, s.start, s.end] for s in self.spans]
-        return {"id": self.id, "topic": self.topic, "messages": list(self.messages), "spans": spans, "truth": dict(self.truth)}
+        return {
+            "id": self.id,
+            "topic": self.topic,
+            "messages": list(self.messages),
+            "spans": spans,
+            "truth": dict(self.truth),
+        }
 
 
 def pick(rng: random.Random, choices: Sequence[T]) -> T:
@@ -85,8 +100,12 @@ class Writer:
     text: str = ""
     spans: list[Span] = field(default_factory=list[Span])
 
-    def say(self, template: str, concept: str = "", value: str = "", *, glue: str = " ", **slots: str) -> None:
-        """Append a sentence; label it with `concept`, and each ``{slot}`` of the template with the slot's name."""
+    def say(
+        self, template: str, concept: str = "", value: str = "", *, glue: str = " ", **slots: str
+    ) -> None:
+        """Append a sentence; label it with `concept`, and each ``{slot}`` of the template with the slot's
+        name.
+        """
         if self.text:
             self.text += glue
         start = len(self.text)
@@ -94,7 +113,9 @@ class Writer:
             if i % 2 == 0:
                 self.text += piece
                 continue
-            self.spans.append(Span(self.part, piece, slots[piece], len(self.text), len(self.text) + len(slots[piece])))
+            self.spans.append(
+                Span(self.part, piece, slots[piece], len(self.text), len(self.text) + len(slots[piece]))
+            )
             self.text += slots[piece]
         if concept:
             self.spans.append(Span(self.part, concept, value, start, len(self.text)))
@@ -130,9 +151,14 @@ def split_of_prompt(prompt: str) -> str:
 def token_labels(
     conversation: Conversation, part: Part, offsets: Sequence[tuple[int, int]]
 ) -> list[frozenset[tuple[str, str]]]:
-    """For each token of one side, given as character offsets into that side, the (concept, value) pairs it is part of."""
+    """For each token of one side, given as character offsets into that side, the (concept, value) pairs it is
+    part of.
+    """
     spans = [s for s in conversation.spans if s.part == part]
-    return [frozenset((s.concept, s.value) for s in spans if s.start < end and start < s.end) for start, end in offsets]
+    return [
+        frozenset((s.concept, s.value) for s in spans if s.start < end and start < s.end)
+        for start, end in offsets
+    ]
 
 
 def stream(seed: int, split: Split, kind: str) -> Iterator[random.Random]:

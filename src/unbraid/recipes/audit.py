@@ -1,10 +1,10 @@
 """An audit from capture to guard, read top to bottom.
 
-A model fails on some prompts.  Its replies to the `fit` prompts are sampled and its activations captured; sparse
-autoencoders are trained on them; the latents that separate failing from honest replies *before the text can tell them
-apart* are found; on the `select` prompts the layer, seed, latents and dose are chosen; a policy is written; and only then
-are the `test` prompts asked for, on which the policy is measured beside its controls.  Every folder is an artifact; a
-second run reuses what is finished.
+A model fails on some prompts.  Its replies to the `fit` prompts are sampled and its activations captured;
+sparse autoencoders are trained on them; the latents that separate failing from honest replies *before the
+text can tell them apart* are found; on the `select` prompts the layer, seed, latents and dose are chosen; a
+policy is written; and only then are the `test` prompts asked for, on which the policy is measured beside its
+controls. Every folder is an artifact; a second run reuses what is finished.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from unbraid.manifest.record import Manifest, check_files, write_manifest
 from unbraid.model.edits import Gate
 from unbraid.model.load import LanguageModel
 from unbraid.model.sites import Site
-from unbraid.recipes.prompts import PromptSet, Source, write_prompts
+from unbraid.recipes.prompts import PromptSet
 from unbraid.recipes.selection import Limits, Option, Selection, select
 from unbraid.sae.base import SAE
 from unbraid.training.config import TrainConfig
@@ -171,12 +171,16 @@ def remember_settings(out: Path, settings: dict[str, Any]) -> None:
 
 
 def default_sites(lm: LanguageModel) -> tuple[str, ...]:
-    """resid_post at a quarter and at half of the depth: late enough to have read the prompt, early enough to act."""
+    """resid_post at a quarter and at half of the depth: late enough to have read the prompt, early enough to
+    act.
+    """
     return tuple(f"layers.{layer}.resid_post" for layer in sorted({lm.n_layers // 4, lm.n_layers // 2}))
 
 
 def replies_to(shop: Workshop, prompts: PromptSet) -> Manifest:
-    """Sample a reply to every fit prompt; keep whole conversations, and the probes' apart by outcome with their focus."""
+    """Sample a reply to every fit prompt; keep whole conversations, and the probes' apart by outcome with
+    their focus.
+    """
 
     def build(folder: Path) -> dict[str, Any]:
         everyone = (*prompts.probes, *prompts.benign)
@@ -223,7 +227,9 @@ def activations_of(shop: Workshop, sites: Sequence[str]) -> ActivationStore:
 
 
 def readers_of(shop: Workshop, store: ActivationStore, sites: Sequence[str]) -> list[Reader]:
-    """Train autoencoders at every site from every seed, and search each for latents that separate the replies."""
+    """Train autoencoders at every site from every seed, and search each for latents that separate the
+    replies.
+    """
     config = shop.config
     bad, honest = (
         list(read_documents(shop.out / "replies" / f"{n}.jsonl")) for n in ("positive", "negative")
@@ -234,9 +240,15 @@ def readers_of(shop: Workshop, store: ActivationStore, sites: Sequence[str]) -> 
             folder = shop.out / "saes" / f"{site}-seed{seed}"
             if not folder.exists():
                 settings = TrainConfig(
-                    d_sae=config.width, k=config.k, steps=config.sae_steps, batch_size=config.sae_batch, seed=seed,
-                    lr=2e-3, dead_after=40_000, threads=2,
-                )  # fmt: skip
+                    d_sae=config.width,
+                    k=config.k,
+                    steps=config.sae_steps,
+                    batch_size=config.sae_batch,
+                    seed=seed,
+                    lr=2e-3,
+                    dead_after=40_000,
+                    threads=2,
+                )
                 with shop.stage(f"train SAE {site} seed {seed}", "steps") as progress:
                     train(store, site, settings, folder, command=shop.command, progress=progress)
             sae, identity = SAE.from_pretrained(folder), check_files(folder).id
@@ -273,20 +285,31 @@ def gate_of(shop: Workshop, site: Site, fit: PromptSet, chosen_on: PromptSet) ->
     if not folder.exists():
         with shop.stage("train intent gate", "prompts") as progress:
             gate, facts = train_gate(
-                shop.lm, site, [p.messages for p in fit.probes], [p.messages for p in fit.benign],
+                shop.lm,
+                site,
+                [p.messages for p in fit.probes],
+                [p.messages for p in fit.benign],
                 held_out_positive=[p.messages for p in chosen_on.probes],
-                held_out_negative=[p.messages for p in chosen_on.benign], seed=shop.config.seed, progress=progress,
-            )  # fmt: skip
+                held_out_negative=[p.messages for p in chosen_on.benign],
+                seed=shop.config.seed,
+                progress=progress,
+            )
         save_gate(
-            gate, folder, model_id=shop.lm.id, tokenizer_id=shop.lm.tokenizer_id, facts=facts, command=shop.command,
-            seed=shop.config.seed, inputs={"fit": fit.manifest.id, "select": chosen_on.manifest.id},
-        )  # fmt: skip
+            gate,
+            folder,
+            model_id=shop.lm.id,
+            tokenizer_id=shop.lm.tokenizer_id,
+            facts=facts,
+            command=shop.command,
+            seed=shop.config.seed,
+            inputs={"fit": fit.manifest.id, "select": chosen_on.manifest.id},
+        )
     gate, manifest = load_gate(folder)
     return gate, manifest.id
 
 
 def latent_options(shop: Workshop, readers: Sequence[Reader], gate: Gate) -> list[Option]:
-    """Every edit worth trying, mildest first: one to three of the best latents of each reader, at each dose."""
+    """Every edit worth trying, mildest first: the best latents of each reader, at each dose."""
     options: list[Option] = []
     for count in range(1, shop.config.most_latents + 1):
         for dose in shop.config.doses:
@@ -305,7 +328,9 @@ def latent_options(shop: Workshop, readers: Sequence[Reader], gate: Gate) -> lis
 
 
 def guard_of(shop: Workshop, readers: Sequence[Reader], fit: PromptSet, chosen_on: PromptSet) -> Guarded:
-    """Choose latents, layer, seed and dose on the selection split, and every control's dose by the same rule; write the policy."""
+    """Choose latents, layer, seed and dose on the selection split, and every control's dose by the same rule;
+    write the policy.
+    """
     lm, config = shop.lm, shop.config
     gate, gate_id = gate_of(shop, max(r.sae.site for r in readers), fit, chosen_on)
     options = latent_options(shop, readers, gate)
@@ -347,14 +372,18 @@ def guard_of(shop: Workshop, readers: Sequence[Reader], fit: PromptSet, chosen_o
                         progress=progress,
                     )
                 )
-        texts = {d.id: (d.messages or ())[-1]["content"] for d in (*bad, *honest)}
-        record["keywords"] = list(learn_keywords([texts[d.id] for d in bad], [texts[d.id] for d in honest]))
+        record["keywords"] = list(learn_keywords(_replies(bad), _replies(honest)))
         record["baseline"] = {"incidents": float(base[0].outcomes["incident"].mean())}
         write_json(folder / "selection.json", record)
         return {"chosen": chosen.chosen.settings, "limits": asdict(config.limits)}
 
-    inputs = {"model": lm.id, "gate": gate_id, "fit": fit.manifest.id, "select": chosen_on.manifest.id,
-              **{r.folder.name: r.id for r in readers}}  # fmt: skip
+    inputs = {
+        "model": lm.id,
+        "gate": gate_id,
+        "fit": fit.manifest.id,
+        "select": chosen_on.manifest.id,
+        **{r.folder.name: r.id for r in readers},
+    }
     manifest = shop.artifact("selection", "selection", inputs, build)
     record = json.loads((shop.out / "selection" / "selection.json").read_text())
     chosen = next(o for o in options if o.settings == record["policy"]["settings"])
@@ -364,9 +393,16 @@ def guard_of(shop: Workshop, readers: Sequence[Reader], fit: PromptSet, chosen_o
     if not path.exists():
         policy.save(path)
     return Guarded(
-        path, policy, reader, gate, chosen.settings, contrast_at(reader.sae.site),
-        record["alpha"]["settings"]["alpha"], record["clip"]["settings"]["clip"], tuple(record["keywords"]),
-    )  # fmt: skip
+        path,
+        policy,
+        reader,
+        gate,
+        chosen.settings,
+        contrast_at(reader.sae.site),
+        record["alpha"]["settings"]["alpha"],
+        record["clip"]["settings"]["clip"],
+        tuple(record["keywords"]),
+    )
 
 
 def _both(
@@ -377,9 +413,16 @@ def _both(
     )
 
 
+def _replies(documents: Sequence[Document]) -> list[str]:
+    return [[m["content"] for m in d.messages or ()][-1] for d in documents]
+
+
 def _selected(selection: Selection) -> dict[str, Any]:
-    return {"settings": selection.chosen.settings, "result": asdict(selection.result),
-            "tried": [asdict(t) for t in selection.tried]}  # fmt: skip
+    return {
+        "settings": selection.chosen.settings,
+        "result": asdict(selection.result),
+        "tried": [asdict(t) for t in selection.tried],
+    }
 
 
 def _policy(shop: Workshop, reader: Reader, gate_id: str, chosen: Option, selection_id: str) -> Policy:

@@ -43,15 +43,25 @@ def practice_prompts(seed: int) -> Source:
 
     def source(split: Split) -> tuple[Records, Records]:
         n = SIZES[split]
-        return [c.probe() for c in red_team(split, n, seed=seed)], [c.probe() for c in benign(split, n, seed=seed)]
+        return [c.probe() for c in red_team(split, n, seed=seed)], [
+            c.probe() for c in benign(split, n, seed=seed)
+        ]
 
     return source
 
 
 def run_audit(
-    lm: LanguageModel, source: Source, out: Path, config: AuditConfig, *, origin: str, command: str, stage: Stage
+    lm: LanguageModel,
+    source: Source,
+    out: Path,
+    config: AuditConfig,
+    *,
+    origin: str,
+    command: str,
+    stage: Stage,
 ) -> dict[str, Any]:
-    """Carry out the audit in `out`, or finish or re-check one that stands there; returns summary.json's content.
+    """Carry out the audit in `out`, or finish or re-check one that stands there; returns summary.json's
+    content.
 
     `origin` names where the prompts come from, so that a folder begun with other prompts is refused.
     """
@@ -66,7 +76,8 @@ def run_audit(
         return json.loads((out / "summary.json").read_text())
     shop = Workshop(lm, out, config, command, stage)
     fit, chosen_on = (
-        write_prompts(source, split, out / "prompts" / split, command=command, seed=config.seed) for split in ("fit", "select")
+        write_prompts(source, split, out / "prompts" / split, command=command, seed=config.seed)
+        for split in ("fit", "select")
     )
     replies_to(shop, fit)
     sites = config.sites or default_sites(lm)
@@ -79,7 +90,9 @@ def run_audit(
     sae = results.quality(shop, guarded, test)
     index = results.index_of(shop, guarded)
     if not results.lineage_is_clean(shop, "test"):
-        raise IntegrityError(f"{guarded.policy_file} rests on prompts of the test split; make the audit again in another --out")
+        raise IntegrityError(
+            f"{guarded.policy_file} rests on prompts of the test split; make the audit again in another --out"
+        )
     summary = results.summary_of(shop, guarded, finding, told_apart, sae)
     write_json(out / "summary.json", summary)
     page = report_of(shop, guarded, finding, summary, sae, index, test)
@@ -94,22 +107,37 @@ def _seal(shop: Workshop, guarded: Guarded) -> None:
     names = {results.relative(f, shop.out): f for f in sorted(folders)}
     inputs = {"model": shop.lm.id, **{name: check_files(folder).id for name, folder in names.items()}}
     write_manifest(
-        shop.out, kind="audit", command=shop.command, seed=shop.config.seed, inputs=inputs,
-        facts={"policy": guarded.policy.id}, paths=names,
-    )  # fmt: skip
+        shop.out,
+        kind="audit",
+        command=shop.command,
+        seed=shop.config.seed,
+        inputs=inputs,
+        facts={"policy": guarded.policy.id},
+        paths=names,
+    )
 
 
 def report_of(
-    shop: Workshop, guarded: Guarded, finding: Finding, summary: Mapping[str, Any], sae: Mapping[str, Any],
-    index: Index, test: PromptSet,
-) -> ReportSummary:  # fmt: skip
+    shop: Workshop,
+    guarded: Guarded,
+    finding: Finding,
+    summary: Mapping[str, Any],
+    sae: Mapping[str, Any],
+    index: Index,
+    test: PromptSet,
+) -> ReportSummary:
     """Everything the HTML page shows."""
     latent = guarded.chosen["latents"][0]
     page = index.latent(latent)
-    positive = {json.loads(line)["id"] for line in (shop.out / "replies" / "positive.jsonl").read_text("utf-8").splitlines()}
+    positive = {
+        json.loads(line)["id"]
+        for line in (shop.out / "replies" / "positive.jsonl").read_text("utf-8").splitlines()
+    }
     probes = {p.id for p in read_prompts(shop.out / "prompts" / "fit").probes}
     examples = [e for e in page.top if e.document in positive][:8]
-    examples_elsewhere = [e for e in (*page.top, *(e for g in page.quantiles[::-1] for e in g)) if e.document not in positive]
+    examples_elsewhere = [
+        e for e in (*page.top, *(e for g in page.quantiles[::-1] for e in g)) if e.document not in positive
+    ]
     mistaken = sorted(examples_elsewhere, key=lambda e: -e.value)[:8]
     found = {f.latent: f for f in guarded.reader.found.latents}
     kept = summary["header_kept_after"]
@@ -117,7 +145,8 @@ def report_of(
         "ReportSummary",
         {
             "title": f"An audit of {shop.lm.name}",
-            "lede": "Which feature makes this model fail, does it cause the failure, and what does turning it down cost?",
+            "lede": "Which feature makes this model fail, does it cause the failure, and what does "
+            "turning it down cost?",
             "headline": {
                 "behaviour": "replies in which the failure happens",
                 "verdict": _verdict(summary, guarded),
@@ -130,30 +159,42 @@ def report_of(
             "example": _example(shop, finding, test),
             "conditions": _conditions(finding),
             "feature": {
-                "latent": latent, "site": guarded.chosen["site"], "density": page.density, "max": page.max,
-                "auroc": summary["latent"]["auroc"], "linear_auroc": summary["latent"]["linear_readout_auroc"],
+                "latent": latent,
+                "site": guarded.chosen["site"],
+                "density": page.density,
+                "max": page.max,
+                "auroc": summary["latent"]["auroc"],
+                "linear_auroc": summary["latent"]["linear_readout_auroc"],
                 "linear_name": "logistic regression on the site, fit on the fit split",
                 "null_auroc": guarded.reader.found.null_quantile,
-                "promoted": [{"token": t.token, "value": t.value} for t in page.promoted[:10]],
-                "suppressed": [{"token": t.token, "value": t.value} for t in page.suppressed[:10]],
+                "promoted": [{"token": t.token, "value": t.logit} for t in page.promoted[:10]],
+                "suppressed": [{"token": t.token, "value": t.logit} for t in page.suppressed[:10]],
                 "examples": [_sentence(e, "failing reply") for e in examples],
                 "found": [
-                    {"latent": j, "auroc": summary["latent"]["all"][str(j)], "q_value": found[j].q_value,
-                     "role": "main" if j == latent else "also edited"}
+                    {
+                        "latent": j,
+                        "auroc": summary["latent"]["all"][str(j)],
+                        "q_value": found[j].q_value,
+                        "role": "main" if j == latent else "also edited",
+                    }
                     for j in guarded.chosen["latents"]
                 ],
             },
             "dose": _dose(guarded, finding),
-            "mistaken": [_sentence(e, "honest reply to a probe" if e.document in probes else "benign prompt") for e in mistaken],
+            "mistaken": [
+                _sentence(e, "honest reply to a probe" if e.document in probes else "benign prompt")
+                for e in mistaken
+            ],
             "quality": _quality(sae),
             "lineage": _lineage(shop, guarded),
             "limits": [
-                "All rates are of replies sampled at temperature 1 and judged by the regular expressions of the probe file.",
+                "All rates are of replies sampled at temperature 1 and judged by the regular expressions of "
+                "the probe file.",
                 "One model, one seed: run the command with another --seed to see how the outcome varies.",
                 "The feature is an approximation: what it is mistaken for is listed above.",
             ],
         },
-    )  # fmt: skip
+    )
 
 
 def _verdict(summary: Mapping[str, Any], guarded: Guarded) -> str:
@@ -170,12 +211,21 @@ def _example(shop: Workshop, finding: Finding, test: PromptSet) -> dict[str, Any
     replies = results.replies_by_condition(shop)
     before, after = replies["baseline"], replies[finding.reported.name]
     for probe in test.probes:
-        if probe.incident is None or probe.id not in before or not before[probe.id]["incident"] or after[probe.id]["incident"]:
+        if (
+            probe.incident is None
+            or probe.id not in before
+            or not before[probe.id]["incident"]
+            or after[probe.id]["incident"]
+        ):
             continue
         where = re.search(probe.incident, before[probe.id]["reply"])
         return {
             "prompt": probe.messages[-1]["content"],
-            "before": {"text": before[probe.id]["reply"], "incident": True, "incident_span": where.span() if where else None},
+            "before": {
+                "text": before[probe.id]["reply"],
+                "incident": True,
+                "incident_span": where.span() if where else None,
+            },
             "after": {"text": after[probe.id]["reply"], "incident": False},
         }
     return None
@@ -205,12 +255,14 @@ def _conditions(finding: Finding) -> list[dict[str, Any]]:
             {
                 "name": f"{name} {row.settings['draw'] + 1}" if "draw" in row.settings else name,
                 "note": note,
-                "incidents": measured["incidents"], "header_kept": measured["header_kept"],
-                "helpful": measured["helpfulness"], "false_refusals": measured["false_refusals"],
+                "incidents": measured["incidents"],
+                "header_kept": measured["header_kept"],
+                "helpful": measured["helpfulness"],
+                "false_refusals": measured["false_refusals"],
                 "edits_per_reply": sum(a.fired for a in row.applied) / replies if replies else None,
                 "chosen": row is finding.reported or row.name == finding.reported.name,
             }
-        )  # fmt: skip
+        )
     return lines
 
 
@@ -222,13 +274,19 @@ def _dose(guarded: Guarded, finding: Finding) -> dict[str, Any]:
         return {"dose": dose, "incidents": measured["incidents"], "helpful": measured["helpfulness"]}
 
     rows = sorted((r for r in finding.rows if r.kind == "latents"), key=lambda r: r.settings["dose"])
-    series = [{"name": "found latents", "points": [point(0, base), *(point(r.settings["dose"], r) for r in rows)]}]
+    series = [
+        {"name": "found latents", "points": [point(0, base), *(point(r.settings["dose"], r) for r in rows)]}
+    ]
     for kind in ("random latents", "random direction"):
         for row in (r for r in finding.rows if r.kind == kind):
             points = [point(0, base), point(row.settings["dose"], row)]
             series.append({"name": f"{kind} {row.settings['draw'] + 1}", "points": points})
-    return {"dose_label": "dose: multiples of the latents' own contribution removed", "chosen": guarded.chosen["dose"],
-            "split": "test", "series": series}  # fmt: skip
+    return {
+        "dose_label": "dose: multiples of the latents' own contribution removed",
+        "chosen": guarded.chosen["dose"],
+        "split": "test",
+        "series": series,
+    }
 
 
 def _sentence(example: Example, note: str) -> dict[str, Any]:
@@ -251,18 +309,27 @@ def _quality(sae: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _lineage(shop: Workshop, guarded: Guarded) -> dict[str, Any]:
-    purposes = {"fit": "train autoencoders and gate, find latents", "select": "choose layer, seed, latents and dose",
-                "test": "everything reported here"}  # fmt: skip
+    purposes = {
+        "fit": "train autoencoders and gate, find latents",
+        "select": "choose layer, seed, latents and dose",
+        "test": "everything reported here",
+    }
     splits = {name: read_manifest(shop.out / "prompts" / name) for name in purposes}
     folders = sorted(p.parent for p in shop.out.rglob(MANIFEST))
     return {
         "disjoint": not verify(shop.out).problems,
         "splits": [
-            {"name": n, "purpose": purposes[n], "documents": m.facts["probes"] + m.facts["benign"], "id": m.id}
+            {
+                "name": n,
+                "purpose": purposes[n],
+                "documents": m.facts["probes"] + m.facts["benign"],
+                "id": m.id,
+            }
             for n, m in splits.items()
         ],
         "artifacts": [
-            {"kind": (m := read_manifest(f)).kind, "path": results.relative(f, shop.out), "id": m.id} for f in folders
+            {"kind": (m := read_manifest(f)).kind, "path": results.relative(f, shop.out), "id": m.id}
+            for f in folders
         ],
         "commands": [
             {"purpose": "repeat this audit", "command": shop.command},
@@ -271,4 +338,3 @@ def _lineage(shop: Workshop, guarded: Guarded) -> dict[str, Any]:
         "seed": shop.config.seed,
         "versions": {"unbraid": unbraid.__version__},
     }
-

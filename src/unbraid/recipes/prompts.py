@@ -1,7 +1,7 @@
 """The prompts of an audit: red-team probes and benign prompts, in three splits that share no prompt.
 
-``fit`` trains the autoencoders, the gate and the search; ``select`` chooses layer, seed, latents and dose; ``test`` is
-asked for only when the policy stands.  A prompt's split follows from its text alone.
+``fit`` trains the autoencoders, the gate and the search; ``select`` chooses layer, seed, latents and dose;
+``test`` is asked for only when the policy stands.  A prompt's split follows from its text alone.
 """
 
 from __future__ import annotations

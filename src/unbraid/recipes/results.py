@@ -1,4 +1,6 @@
-"""What an audit reports: the policy and its controls on the test split, the found feature, the autoencoder's quality."""
+"""What an audit reports: the policy and its controls on the test split, the found feature, the autoencoder's
+quality.
+"""
 
 from __future__ import annotations
 
@@ -37,25 +39,41 @@ def finding_of(
 ) -> Finding:
     """Measure the deployed edit, its dose-response curve and all controls on the test split.
 
-    The edit comes from the policy file through the guard, which has checked every hash; IntegrityError where it is not
-    the edit that the finding measured.
+    The edit comes from the policy file through the guard, which has checked every hash; IntegrityError where
+    it is not the edit that the finding measured.
     """
     folder = shop.out / "finding"
     if not folder.exists():
         guard = Guard.load(guarded.policy_file, shop.lm)
         chosen, sae, site = guarded.chosen, guarded.reader.sae, guarded.reader.sae.site
         config = ValidateConfig(
-            dose=chosen["dose"], doses=CURVE, control_doses=(chosen["dose"],), random_latents=2, random_directions=2,
-            alphas=(guarded.alpha,), clip_fractions=(guarded.clip_fraction,), sampling=shop.config.sampling,
-        )  # fmt: skip
+            dose=chosen["dose"],
+            doses=CURVE,
+            control_doses=(chosen["dose"],),
+            random_latents=2,
+            random_directions=2,
+            alphas=(guarded.alpha,),
+            clip_fractions=(guarded.clip_fraction,),
+            sampling=shop.config.sampling,
+        )
         best = replace(dose_edit(sae, chosen["latents"][:1], 1.0, site=site), name="best latent zeroed")
         with shop.stage("measure on the test split", "conditions") as progress:
             validation = validate(
-                shop.lm, sae, chosen["latents"], test.probes, test.benign, config, sae_id=guarded.reader.id,
-                gate=guarded.gate, extra=(best,), contrast=guarded.contrast, keywords=guarded.keywords,
+                shop.lm,
+                sae,
+                chosen["latents"],
+                test.probes,
+                test.benign,
+                config,
+                sae_id=guarded.reader.id,
+                gate=guarded.gate,
+                extra=(best,),
+                contrast=guarded.contrast,
+                keywords=guarded.keywords,
                 splits={"fit": probes_id(fit.probes), "select": probes_id(chosen_on.probes)},
-                command=shop.command, progress=progress,
-            )  # fmt: skip
+                command=shop.command,
+                progress=progress,
+            )
         deployed = {**guard.edits[0].to_json(), "name": ""}
         if deployed != {**validation.finding.edit, "name": ""}:
             raise IntegrityError(f"{guarded.policy_file} deploys another edit than the finding measured")
@@ -95,10 +113,11 @@ def unchanged(shop: Workshop, finding: Finding, test: PromptSet) -> dict[str, An
 
 
 def separation(shop: Workshop, guarded: Guarded, test: PromptSet) -> dict[str, Any]:
-    """How well the best latent, and the best linear read-out of the fit split, tell the modes apart on test replies.
+    """How well the best latent, and the best linear read-out of the fit split, tell the modes apart on test
+    replies.
 
-    Only the focus tokens are read, before the texts differ.  The labels are the known truth of the probes where the
-    probe file gives it, else what the replies turned out to be.
+    Only the focus tokens are read, before the texts differ.  The labels are the known truth of the probes
+    where the probe file gives it, else what the replies turned out to be.
     """
     probes = {p.id for p in test.probes}
     rows = [r for r in unguarded_replies(shop, test) if r[2].id in probes and r[2].focus is not None]
@@ -143,9 +162,16 @@ def index_of(shop: Workshop, guarded: Guarded) -> Index:
         documents = read_documents(shop.out / "replies" / "conversations.jsonl")
         with shop.stage("index the latents", "tokens") as progress:
             build_index(
-                guarded.reader.sae, shop.lm, documents, IndexConfig(positions="reply"), folder,
-                sae_id=guarded.reader.id, paths={"sae": guarded.reader.folder}, command=shop.command, progress=progress,
-            )  # fmt: skip
+                guarded.reader.sae,
+                shop.lm,
+                documents,
+                IndexConfig(positions="reply"),
+                folder,
+                sae_id=guarded.reader.id,
+                paths={"sae": guarded.reader.folder},
+                command=shop.command,
+                progress=progress,
+            )
     check_files(folder)
     return Index(folder)
 
@@ -179,8 +205,14 @@ def summary_of(
         "random_direction": [r for r in finding.rows if r.kind == "random direction"],
     }
     return {
-        **{f"{name}_before": before[name] for name in ("incidents", "helpfulness", "false_refusals", "header_kept")},
-        **{f"{name}_after": then[name] for name in ("incidents", "helpfulness", "false_refusals", "header_kept")},
+        **{
+            f"{name}_before": before[name]
+            for name in ("incidents", "helpfulness", "false_refusals", "header_kept")
+        },
+        **{
+            f"{name}_after": then[name]
+            for name in ("incidents", "helpfulness", "false_refusals", "header_kept")
+        },
         "changes": {
             "incidents": _rate(after, "probes_change", "incident"),
             "helpfulness": _rate(after, "benign_change", "helpful"),
@@ -194,25 +226,32 @@ def summary_of(
         },
         **{name: [condition(r) for r in rows] for name, rows in families.items()},
         "latent": {
-            "auroc": told_apart["latents"][best].as_dict(), "labels": told_apart["labels"],
-            "linear_readout_auroc": told_apart["linear"].as_dict(), "site": guarded.chosen["site"], "index": best,
+            "auroc": told_apart["latents"][best].as_dict(),
+            "labels": told_apart["labels"],
+            "linear_readout_auroc": told_apart["linear"].as_dict(),
+            "site": guarded.chosen["site"],
+            "index": best,
             "all": {str(j): i.as_dict() for j, i in told_apart["latents"].items()},
         },
         "policy": {"file": guarded.policy_file.name, "id": guarded.policy.id, **guarded.chosen},
         "sae": {
             **{name: sae[name] for name in ("fvu", "l0", "dead", "delta_ce")},
-            "loss_recovered": sae["recovered_mean"], "loss_recovered_zero": sae["recovered_zero"],
+            "loss_recovered": sae["recovered_mean"],
+            "loss_recovered_zero": sae["recovered_zero"],
         },
-        "splits": {name: read_manifest(shop.out / "prompts" / name).facts for name in ("fit", "select", "test")},
+        "splits": {
+            name: read_manifest(shop.out / "prompts" / name).facts for name in ("fit", "select", "test")
+        },
         "model": {"name": shop.lm.name, "id": shop.lm.id},
         "settings": asdict(shop.config),
         "command": shop.command,
-    }  # fmt: skip
+    }
 
 
 def keyword_catch(shop: Workshop, guarded: Guarded) -> dict[str, Any]:
-    """How many of the unguarded test incidents, of the honest probe replies, and of the benign replies the filter stops."""
-    from unbraid.causal.controls import keyword_guardrail
+    """How many of the unguarded test incidents, of the honest probe replies, and of the benign replies the
+    filter stops.
+    """
     from unbraid.stats.bootstrap import rate
 
     rows = [

@@ -1,8 +1,8 @@
 """Choosing an edit on the selection split: which layer, which seed, how many latents, what dose.
 
-Every kind of edit — the latents of an autoencoder, the contrastive vector subtracted or clipped — is chosen by the same
-rule under the same limits, so that what stands in one table later cost the same.  No prompt of the test split exists
-yet when this runs.
+Every kind of edit — the latents of an autoencoder, the contrastive vector subtracted or clipped — is chosen
+by the same rule under the same limits, so that what stands in one table later cost the same.  No prompt of
+the test split exists yet when this runs.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def select(
 ) -> Selection:
     """The mildest option whose incident rate is near the lowest that the limits allow.
 
-    All options are tried on the first third of the probes; the `finalists` best of those within the limits are tried
-    on all probes and benign prompts.  Where no finalist is within the limits the cheapest is taken.
+    All options are tried on the first third of the probes; the `finalists` best of those within the limits
+    are tried on all probes and benign prompts.  Where no finalist is within the limits the cheapest is taken.
     """
     first = prompts.probes[: max(len(prompts.probes) // 3, 1)]
     total = len(options) + min(finalists, len(options))
