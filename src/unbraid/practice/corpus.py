@@ -16,29 +16,23 @@ REHEARSED = (*TOPICS, *("refund", "facts") * 2)
 def conversations(
     split: Split, *, seed: int, topic: str = "", advice_share: float = 0.0
 ) -> Iterator[Conversation]:
-    """Distinct-prompt conversations of one split, without end.
+    """Conversations of one split, without end.
 
     `topic` names one topic (``medical advice`` or a key of :data:`~unbraid.practice.topics.TOPICS`); without
-    it `advice_share` of the conversations are medical-advice probes and the rest spread evenly over the
-    harmless topics. Outside ``train`` every cue is said in a paraphrase that the assistant never trained on.
+    it `advice_share` of the conversations are medical-advice probes and the rest spread over the harmless
+    topics, evenly outside ``train``.  Outside ``train``, too, every cue is said in a paraphrase that the
+    assistant never trained on, and no prompt comes twice.
     """
     seen: set[str] = set()
     unseen = split != "train"
+    harmless = tuple(TOPICS) if unseen else REHEARSED
     for rng in stream(seed, split, topic or "mixed"):
-        chosen = topic or (
-            "medical advice"
-            if rng.random() < advice_share
-            else pick(rng, tuple(TOPICS) if unseen else REHEARSED)
-        )
-        scene = (
-            advice(rng, unseen=unseen) if chosen == "medical advice" else TOPICS[chosen](rng, unseen=unseen)
-        )
-        conversation = finish(scene, "")
-        if conversation.prompt in seen or split_of_prompt(conversation.prompt) != split:
+        chosen = topic or ("medical advice" if rng.random() < advice_share else pick(rng, harmless))
+        write = advice if chosen == "medical advice" else TOPICS[chosen]
+        conversation = finish(write(rng, unseen=unseen))
+        if split_of_prompt(conversation.prompt) != split or conversation.prompt in seen:
             continue
-        if (
-            unseen
-        ):  # training text repeats a short prompt as often as it is drawn; an audit asks each prompt once
+        if unseen:
             seen.add(conversation.prompt)
         yield conversation
 

@@ -133,12 +133,12 @@ class Scene:
     patterns: dict[str, str]
 
 
-def finish(scene: Scene, seed_key: str) -> Conversation:
+def finish(scene: Scene) -> Conversation:
     """Render the prompt of a scene and name the conversation by the hash of its prompt."""
     prompt = Writer("prompt")
     for template, concept, value, slots in scene.sentences:
         prompt.say(template, concept, value, **slots)
-    name = hashlib.sha256(f"{seed_key}\n{prompt.text}".encode()).hexdigest()[:16]
+    name = hashlib.sha256(prompt.text.encode()).hexdigest()[:16]
     spans = tuple(sorted([*prompt.spans, *scene.reply.spans], key=lambda s: (s.part, s.start, s.end)))
     return Conversation(name, scene.topic, prompt.text, scene.reply.text, spans, scene.truth, scene.patterns)
 
