@@ -18,6 +18,7 @@ from unbraid.causal.probes import Probe, labelled_documents, parse_probe, probes
 from unbraid.causal.validate import ValidateConfig, Validation, dose_edit, validate
 from unbraid.manifest.errors import IntegrityError, UserError
 from unbraid.manifest.record import read_manifest
+from unbraid.model.edits import Gate
 
 PLANTED = 3
 SAMPLING = Sampling(max_new_tokens=8, seed=1)
@@ -191,3 +192,22 @@ def test_mistakes_are_named(planted: SimpleNamespace, probes: list[Probe]) -> No
         ValidateConfig(doses=(0.0,))
     with pytest.raises(UserError, match="sample more probes"):
         difference_of_means(planted.lm, [], [], planted.sae.site)
+
+
+def test_a_closed_gate_undoes_every_edit_and_extra_edits_get_rows(
+    planted: SimpleNamespace, probes: list[Probe], benign: list[Probe]
+) -> None:
+    closed = Gate(site=planted.sae.site, weight=np.zeros(48, dtype=np.float32), bias=0.0, threshold=1.0)
+    extra = replace(dose_edit(planted.sae, (PLANTED,), 1.0, site=planted.sae.site), name="extra")
+    config = replace(CONFIG, random_latents=0, random_directions=0, curve_on_benign=False)
+    found = validate(
+        planted.lm, planted.sae, (PLANTED,), probes[:10], benign[:5], config, sae_id="x", gate=closed, extra=(extra,)
+    ).finding  # fmt: skip
+    for row in found.rows[1:]:
+        assert row.probes_change["incident"].value == 0
+        assert [(a.fired, a.gated) for a in row.applied] == [(0, 10)]
+    assert found.row("extra").name == "extra"
+    assert found.edit == replace(found.load_edit(), gate=closed).to_json()
+    # The curve's other doses are left out on benign prompts when asked for; the reported dose is not.
+    assert found.row("latents", dose=0.15).benign["helpful"] is None
+    assert found.reported.benign["helpful"] is not None

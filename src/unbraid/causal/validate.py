@@ -46,6 +46,8 @@ class ValidateConfig:
     """The reported dose, chosen on other prompts."""
     doses: tuple[float, ...] = (1.0, 2.0, 4.0)
     """Doses of the dose-response curve; 1 and the reported dose are always part of it."""
+    curve_on_benign: bool = True
+    """Whether every dose of the curve is measured on the benign prompts, too, or the reported one alone."""
     control_doses: tuple[float, ...] = ()
     """Doses of the random controls; none means the reported dose alone."""
     random_latents: int = 3
@@ -271,8 +273,10 @@ class _Run:
     def add(self, condition: _Condition) -> None:
         self.conditions.append(condition)
         edits = tuple(replace(edit, gate=self.gate) for edit in condition.edits)
+        on_curve = condition.kind == "latents" and condition.settings["dose"] != self.config.dose
+        benign = () if on_curve and not self.config.curve_on_benign else self.benign
         self.measured[condition.name] = tuple(
-            measure(self.lm, probes, edits, self.config.sampling) for probes in (self.probes, self.benign)
+            measure(self.lm, probes, edits, self.config.sampling) for probes in (self.probes, benign)
         )
         if self.progress is not None:
             self.progress(len(self.conditions), self.total, condition.name)
@@ -307,6 +311,8 @@ class _Run:
         return {q: measured.rate(q, seed=seed, resamples=resamples) for q in QUANTITIES}
 
     def _changes(self, measured: Measurement, baseline: Measurement) -> Intervals:
+        if not measured.probe_ids:
+            return dict.fromkeys(QUANTITIES)
         seed, resamples = self.config.sampling.seed, self.config.resamples
         return {q: measured.change_from(baseline, q, seed=seed, resamples=resamples) for q in QUANTITIES}
 

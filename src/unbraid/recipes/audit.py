@@ -56,7 +56,7 @@ class AuditConfig:
     """Latents of each autoencoder, d_sae."""
     k: int = 16
     """Latents that fire at a token."""
-    sae_steps: int = 600
+    sae_steps: int = 400
     """Training steps of each autoencoder."""
     sae_batch: int = 2048
     """Tokens in a training step."""
@@ -66,10 +66,10 @@ class AuditConfig:
     """A policy edits at most this many latents."""
     doses: tuple[float, ...] = (2.0, 3.0, 4.0, 6.0)
     """Doses tried: how many times a latent's own contribution is removed."""
-    alphas: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.5)
+    alphas: tuple[float, ...] = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0)
     """Multiples of the contrastive vector tried for subtraction."""
-    clip_fractions: tuple[float, ...] = (0.0, 0.25, 0.5)
-    """Bars tried for clipping along it: 0 is the honest mean."""
+    clip_fractions: tuple[float, ...] = (-1.0, -0.5, 0.0, 0.5)
+    """Bars tried for clipping along it: 0 is the honest mean, below it is beyond."""
     max_new_tokens: int = 48
     """Longest reply in tokens."""
     batch_size: int = 250

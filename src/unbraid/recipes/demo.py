@@ -38,11 +38,11 @@ SIZES: Mapping[str, int] = {"fit": 1200, "select": 360, "test": 600}
 """Red-team probes, and as many benign prompts, that the practice world gives to each split."""
 
 
-def practice_prompts(seed: int) -> Source:
-    """Prompts of the practice world, in its own held-out splits."""
+def practice_prompts(seed: int, sizes: Mapping[str, int] = SIZES) -> Source:
+    """Prompts of the practice world, in its own held-out splits; `sizes` of them in each, of either kind."""
 
     def source(split: Split) -> tuple[Records, Records]:
-        n = SIZES[split]
+        n = sizes[split]
         return [c.probe() for c in red_team(split, n, seed=seed)], [
             c.probe() for c in benign(split, n, seed=seed)
         ]
@@ -112,7 +112,7 @@ def _seal(shop: Workshop, guarded: Guarded) -> None:
         command=shop.command,
         seed=shop.config.seed,
         inputs=inputs,
-        facts={"policy": guarded.policy.id},
+        facts={"policy": guarded.policy.id, "sae": guarded.policy.sae.path},
         paths=names,
     )
 

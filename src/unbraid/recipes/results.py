@@ -30,7 +30,7 @@ from unbraid.recipes.audit import Guarded, Workshop
 from unbraid.recipes.prompts import PromptSet
 from unbraid.stats.bootstrap import Interval, rate
 
-CURVE = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0)
+CURVE = (1.0, 2.0, 3.0, 4.0, 6.0)
 """Doses of the curve that is drawn; the policy's own was chosen before on other prompts."""
 
 
@@ -49,6 +49,7 @@ def finding_of(
         config = ValidateConfig(
             dose=chosen["dose"],
             doses=CURVE,
+            curve_on_benign=False,
             control_doses=(chosen["dose"],),
             random_latents=2,
             random_directions=2,
