@@ -201,7 +201,8 @@ def test_a_closed_gate_undoes_every_edit_and_extra_edits_get_rows(
     extra = replace(dose_edit(planted.sae, (PLANTED,), 1.0, site=planted.sae.site), name="extra")
     config = replace(CONFIG, random_latents=0, random_directions=0, curve_on_benign=False)
     found = validate(
-        planted.lm, planted.sae, (PLANTED,), probes[:10], benign[:5], config, sae_id="x", gate=closed, extra=(extra,)
+        planted.lm, planted.sae, (PLANTED,), probes[:10], benign[:5], config, sae_id="x", gate=closed,
+        extra=(extra,),
     ).finding  # fmt: skip
     for row in found.rows[1:]:
         assert row.probes_change["incident"].value == 0

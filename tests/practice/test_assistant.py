@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import torch
 
-from unbraid.practice.assistant import AssistantConfig, encode, rate_at, reply_loss, train
+from unbraid.practice.assistant import AssistantConfig, encode, rate_at, reply_loss, token_id, train
 from unbraid.practice.corpus import benign
+from unbraid.practice.tokenizer import PAD
 
 SMALL = AssistantConfig(hidden=64, layers=1, mlp=64, steps=30, batch=8)
 
@@ -18,7 +19,7 @@ def test_training_is_repeatable_learns_and_counts_reply_tokens_only() -> None:
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
     ids, reply = encode(tokenizer, benign("train", 12, seed=9))
-    pad = int(tokenizer.pad_token_id or 0)
+    pad = token_id(tokenizer, PAD)
     with torch.no_grad():
         total, nats = reply_loss(model, ids, reply, pad, 0.0)
         logits = model(input_ids=ids).logits[:, :-1]

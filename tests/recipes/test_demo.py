@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from unbraid.recipes.results import lineage_is_clean
 
 SIZES = {"fit": 360, "select": 90, "test": 120}
 CONFIG = AuditConfig(
-    sites=("layers.1.resid_post",), sae_steps=250, sae_seeds=1, doses=(3.0, 6.0), batch_size=180
+    sites=("layers.2.resid_post",), sae_steps=250, sae_seeds=1, doses=(3.0, 6.0), batch_size=180
 )
 STAGES: list[str] = []
 
@@ -180,3 +181,17 @@ def test_verify_on_the_command_line_exits_with_1(demo: tuple[Path, dict[str, Any
         [sys.executable, "-m", "unbraid.cli", "verify", str(out)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1 and "policy.yaml" in done.stderr
+
+
+def test_the_readme_path_works_as_printed(demo: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    (code,) = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "demo").symlink_to(demo[0])
+    (tmp_path / "src").symlink_to(root / "src")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    values = [float(line.split()[2]) for line in lines]
+    assert len(lines) == 10 and values == sorted(values, reverse=True) and values[-1] > 0

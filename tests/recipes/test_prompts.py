@@ -61,5 +61,5 @@ def test_too_few_prompts_are_refused_with_what_to_do(tmp_path: Path, files: tupl
 def test_a_wrong_line_is_named(tmp_path: Path, files: tuple[Path, Path]) -> None:
     wrong = tmp_path / "wrong.jsonl"
     wrong.write_text('{"messages": [{"role": "user", "content": "x"}], "incident": "("}\n')
-    with pytest.raises(UserError, match="line 1.*incident"):
+    with pytest.raises(UserError, match=r"line 1.*incident"):
         from_files(wrong, files[1])

@@ -67,7 +67,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, batch: list[Conversation]) -> tup
         "input_ids"
     ]
     width = max(len(h) + len(t) for h, t in zip(heads, tails, strict=True))
-    ids = torch.full((len(batch), width), pad_id(tokenizer))
+    ids = torch.full((len(batch), width), token_id(tokenizer, PAD))
     reply = torch.zeros(len(batch), width, dtype=torch.bool)
     for row, (head, tail) in enumerate(zip(heads, tails, strict=True)):
         ids[row, : len(head) + len(tail)] = torch.tensor(head + tail)
@@ -75,9 +75,9 @@ def encode(tokenizer: PreTrainedTokenizerFast, batch: list[Conversation]) -> tup
     return ids, reply
 
 
-def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The padding token's id."""
-    return int(tokenizer.convert_tokens_to_ids(PAD))  # pyright: ignore[reportArgumentType]
+def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    """The id of one of the tokenizer's special tokens."""
+    return int(tokenizer.convert_tokens_to_ids(token))  # pyright: ignore[reportArgumentType]
 
 
 def bucketed(source: Iterator[Conversation], batch: int, pool: int = 32) -> Iterator[list[Conversation]]:
@@ -125,9 +125,9 @@ def new_model(config: AssistantConfig, tokenizer: PreTrainedTokenizerFast) -> Ll
         max_position_embeddings=512,
         tie_word_embeddings=True,
         initializer_range=1 / math.sqrt(config.hidden),
-        bos_token_id=tokenizer.convert_tokens_to_ids(BEGIN),
-        eos_token_id=tokenizer.convert_tokens_to_ids(END),
-        pad_token_id=pad_id(tokenizer),
+        bos_token_id=token_id(tokenizer, BEGIN),
+        eos_token_id=token_id(tokenizer, END),
+        pad_token_id=token_id(tokenizer, PAD),
     )
     return LlamaForCausalLM(shape)
 
@@ -149,7 +149,7 @@ def train(
     peaks = [config.muon_lr, config.adam_lr]
     model.train()
     average = 0.0
-    pad = pad_id(tokenizer)
+    pad = token_id(tokenizer, PAD)
     for step, batch in enumerate(islice(bucketed(source, config.batch), config.steps)):
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * rate_at(step, config.steps)
