@@ -34,6 +34,8 @@ VERBS: dict[str, Verb] = {
         "unbraid.cli.demo", "the whole story on one model: find the feature, prove it, guard against it"
     ),
     "capture": Verb("unbraid.cli.capture", "read a model's activations on a corpus into shards on disk"),
+    "train": Verb("unbraid.cli.train", "train a sparse autoencoder on captured activations"),
+    "evaluate": Verb("unbraid.cli.evaluate", "measure an autoencoder: reconstruction, sparsity, behaviour"),
     "index": Verb("unbraid.cli.index", "say what every latent does over a corpus"),
     "find": Verb("unbraid.cli.find", "find the latents that separate two sets of documents"),
     "validate": Verb("unbraid.cli.validate", "edit latents and measure what that changes, beside controls"),
