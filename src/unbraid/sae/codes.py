@@ -142,7 +142,8 @@ class _Decode(torch.autograd.Function):
         if ctx.needs_input_grad[1]:  # grad · W_dec[j] for the codes' entries alone
             with torch.enable_grad():
                 leaf = values.detach().requires_grad_()
-                (d_values,) = torch.autograd.grad(_bag(indices, W_dec.detach(), leaf), leaf, grad)
+                product = (_bag(indices, W_dec.detach(), leaf) * grad).sum()
+                (d_values,) = torch.autograd.grad(product, leaf)
         if ctx.needs_input_grad[2]:
             d_weight = _sum_by_latent(indices, values, grad, len(W_dec))
         return None, d_values, d_weight

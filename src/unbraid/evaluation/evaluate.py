@@ -1,0 +1,139 @@
+"""Evaluate an autoencoder on a model and a text: two passes, every number with its interval."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unbraid.activations.documents import Document
+from unbraid.evaluation.behaviour import Behaviour
+from unbraid.evaluation.corpus import Positions, read_corpus
+from unbraid.evaluation.reconstruction import Reconstruction
+from unbraid.manifest.errors import UserError
+from unbraid.manifest.progress import Progress
+from unbraid.model.load import LanguageModel
+from unbraid.model.read import read_sites
+from unbraid.model.sites import Site
+from unbraid.sae.base import SAE
+from unbraid.stats.bootstrap import Interval
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured, and on what."""
+
+    metrics: Mapping[str, Interval]
+    """Value and 95 % interval by name; definitions in `reconstruction` and `behaviour`."""
+    site: str
+    """Where the autoencoder was spliced in."""
+    model: str
+    """Name of the model."""
+    model_id: str
+    """SHA-256 of its weights."""
+    tokens: int
+    """Tokens reconstructed; `dead` means never fired over these."""
+    documents: int
+    """Documents they came from."""
+    positions: str
+    """Which tokens were reconstructed: all or reply."""
+    context: int
+    """Tokens the model read at once."""
+    seed: int
+    """Seed of the intervals."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as JSON values."""
+        facts = {name: value for name, value in vars(self).items() if name != "metrics"}
+        return facts | {"metrics": {name: found.as_dict() for name, found in self.metrics.items()}}
+
+
+def evaluate(
+    sae: SAE,
+    lm: LanguageModel,
+    documents: Iterable[Document],
+    *,
+    site: Site | str | None = None,
+    tokens: int | None = None,
+    context: int = 256,
+    positions: Positions = "all",
+    seed: int = 0,
+    batch_tokens: int = 2048,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure reconstruction, sparsity and what splicing the autoencoder in costs the model.
+
+    The autoencoder replaces the activations at `site` (its own, if None) of all tokens but BOS, EOS and
+    PAD, or of assistant replies alone; the cost is taken over every prediction of an ordinary token from
+    an ordinary token. Stops after `tokens` reconstructed tokens. Intervals come from drawing documents
+    again.
+
+    Raises UserError when the autoencoder belongs to another model, when sizes differ, when the site does
+    not exist, or when the text leaves nothing to measure.
+    """
+    check_fit(sae, lm)
+    chosen = Site.parse(site) if site is not None else sae.site
+    lm.layout.require(chosen)
+    for name, value in (("tokens", tokens), ("context", context), ("batch_tokens", batch_tokens)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; choose 1 or more")
+    corpus = read_corpus(
+        lm, documents, tokens=tokens, context=context, positions=positions, batch_tokens=batch_tokens
+    )
+    total, done = 2 * len(corpus.batches), 0
+
+    seen = Reconstruction(sae.config.d_in, sae.config.d_sae)
+    for batch in corpus.batches:
+        x = read_sites(lm, batch.input_ids, batch.attention_mask, [chosen])[chosen]
+        x = x[batch.chosen.to(x.device)].float()
+        blocks = batch.blocks[:, None].expand(batch.chosen.shape)[batch.chosen]
+        with torch.no_grad():
+            seen.add(x, sae(x), blocks)
+        done += 1
+        if progress is not None:
+            progress(done, total, "reconstruction")
+
+    mean = seen.mean.float()
+
+    def spliced(x: Tensor) -> Tensor:
+        return sae(x.float()).x_hat
+
+    behaviour = Behaviour(
+        lm,
+        chosen,
+        {"sae": spliced, "zero": torch.zeros_like, "mean": lambda x: mean.to(x.device).expand(x.shape)},
+    )
+    for batch in corpus.batches:
+        behaviour.add(batch)
+        done += 1
+        if progress is not None:
+            progress(done, total, "behaviour")
+
+    return Evaluation(
+        metrics=seen.metrics(seed) | behaviour.metrics(seed),
+        site=str(chosen),
+        model=lm.name,
+        model_id=lm.id,
+        tokens=corpus.tokens,
+        documents=corpus.documents,
+        positions=positions,
+        context=context,
+        seed=seed,
+    )
+
+
+def check_fit(sae: SAE, lm: LanguageModel) -> None:
+    """Raise UserError when an autoencoder was trained on other weights or for activations of another size."""
+    if sae.config.d_in != lm.d_in:
+        raise UserError(
+            f"the autoencoder reads {sae.config.d_in} dimensions but model {lm.name} has {lm.d_in}; "
+            "name the model that it was trained on"
+        )
+    if sae.config.model_id and sae.config.model_id != lm.id:
+        raise UserError(
+            f"the autoencoder was trained on {sae.config.model_name}, weights {sae.config.model_id[:12]}… "
+            f"but model {lm.name} has {lm.id[:12]}…; name the model that it was trained on"
+        )

@@ -1,0 +1,50 @@
+"""Adam, written out: four tensors need no framework, and its state is plain tensors for a checkpoint.
+
+(`torch.optim` imports torch's compiler at its first step, which takes longer than many a training run here.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+BETA_MEAN, BETA_SQUARE, EPSILON = 0.9, 0.999, 1e-8
+
+
+class Adam:
+    """Kingma and Ba 2015, arXiv 1412.6980, without weight decay, on all parameters of a module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.parameters = dict(module.named_parameters())
+        self.mean = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        self.square = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self, number: int, lr: float) -> None:
+        """Move every parameter by its gradient; `number` counts steps from 1."""
+        unbias_mean, unbias_square = 1 - BETA_MEAN**number, 1 - BETA_SQUARE**number
+        for name, parameter in self.parameters.items():
+            grad = parameter.grad
+            if grad is None:
+                continue
+            mean = self.mean[name].lerp_(grad, 1 - BETA_MEAN)
+            square = self.square[name].mul_(BETA_SQUARE).addcmul_(grad, grad, value=1 - BETA_SQUARE)
+            size = (square / unbias_square).sqrt_().add_(EPSILON)
+            parameter.addcdiv_(mean, size, value=-lr / unbias_mean)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The moments by name."""
+        moments = {"mean": self.mean, "square": self.square}
+        return {f"adam.{kind}.{name}": t for kind, named in moments.items() for name, t in named.items()}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `tensors` gave."""
+        for key, moment in self.tensors().items():
+            moment.copy_(tensors[key])

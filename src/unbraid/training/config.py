@@ -1,0 +1,89 @@
+"""What a training run does, in one dataclass: the same options the command line offers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from unbraid.manifest.errors import UserError
+
+TRAINABLE = ("topk", "batchtopk", "relu")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How to train, on activations centred and scaled to a mean square of 1."""
+
+    lr: float | None = None
+    """Adam's learning rate at its highest; 0.006 · √(1024 / width), but not above 0.006, when left out."""
+    steps: int = 5000
+    """Number of batches."""
+    batch_size: int = 2048
+    """Tokens in a batch."""
+    seed: int = 0
+    """Seed of the initial directions and of the order of the tokens."""
+    warmup_share: float = 0.05
+    """Share of the steps over which the learning rate (and relu's penalty) rises from zero."""
+    decay_share: float = 0.2
+    """Share of the steps, the last ones, over which the learning rate falls to zero."""
+    auxk_alpha: float = 1 / 32
+    """Weight of the auxiliary loss that revives dead latents (topk, batchtopk)."""
+    dead_after: int = 100_000
+    """Tokens without firing after which a latent counts as dead."""
+    l1: float = 2.0
+    """Weight of relu's penalty."""
+    calibration_tokens: int = 65_536
+    """Tokens read after training to measure firing frequencies and thresholds."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints."""
+    log_every: int = 50
+    """Steps summed up in one line of log.jsonl."""
+    threads: int | None = None
+    """CPU threads, by default what torch uses now; recorded, because sums of floats depend on it."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(TrainOptions):
+    """What to train and how."""
+
+    architecture: str = field(default="topk", kw_only=True)
+    """topk, batchtopk or relu."""
+    d_sae: int = field(default=8192, kw_only=True)
+    """Number of latents."""
+    k: int = field(default=32, kw_only=True)
+    """Latents that fire at a token (topk), or do on average (batchtopk); unused by relu."""
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate, settled."""
+        return min(0.006, 0.006 * (1024 / self.d_sae) ** 0.5) if self.lr is None else self.lr
+
+    def check(self) -> None:
+        """Raise UserError, naming the option, for values that cannot be trained with."""
+        if self.architecture not in TRAINABLE:
+            names = ", ".join(TRAINABLE)
+            raise UserError(f"architecture {self.architecture!r} is not known; choose --arch from {names}")
+        if self.d_sae < 1:
+            raise UserError(f"width is {self.d_sae}; choose --width of 1 or more")
+        if self.architecture != "relu" and not 1 <= self.k <= self.d_sae:
+            raise UserError(
+                f"k is {self.k} but must lie between 1 and the width {self.d_sae}; change --k or --width"
+            )
+        for name in (
+            "steps",
+            "batch_size",
+            "dead_after",
+            "calibration_tokens",
+            "checkpoint_every",
+            "log_every",
+        ):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; choose 1 or more")
+        if self.threads is not None and self.threads < 1:
+            raise UserError(f"threads is {self.threads}; choose 1 or more")
+        for name in ("peak_lr", "auxk_alpha", "l1"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(
+                    f"{name.removeprefix('peak_')} is {getattr(self, name)}; choose a number of 0 or more"
+                )
+        if not 0 <= self.warmup_share <= 1 or not 0 <= self.decay_share <= 1:
+            raise UserError("warmup_share and decay_share must lie between 0 and 1")

@@ -1,0 +1,169 @@
+"""Training finds planted structure, folds its scaling away, and refuses what cannot work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+
+from unbraid.activations.store import ActivationStore
+from unbraid.activations.stream import batches
+from unbraid.manifest.errors import UserError
+from unbraid.manifest.record import check_files
+from unbraid.sae.base import SAE
+from unbraid.training.config import TrainConfig
+from unbraid.training.trainer import Run, train
+
+SMALL = TrainConfig(
+    d_sae=96,
+    k=4,
+    lr=3e-3,
+    steps=150,
+    batch_size=256,
+    checkpoint_every=40,
+    log_every=25,
+    calibration_tokens=4096,
+)
+
+
+def _fvu(sae: SAE, x: torch.Tensor) -> float:
+    error = (x - sae(x).x_hat).square().sum()
+    return float(error / (x - x.mean(dim=0)).square().sum())
+
+
+def test_the_artifact_is_complete_and_good(store: ActivationStore, tmp_path: Path) -> None:
+    reports: list[tuple[int, int, str]] = []
+
+    def report(done: int, total: int, note: str = "") -> None:
+        reports.append((done, total, note))
+
+    sae = train(store, None, SMALL, tmp_path / "sae", command="unbraid train", progress=report)
+    manifest = check_files(tmp_path / "sae")
+    assert sorted(manifest.files) == [
+        "cfg.json",
+        "log.jsonl",
+        "sae_weights.safetensors",
+        "sparsity.safetensors",
+        "thresholds.safetensors",
+    ]
+    assert manifest.kind == "sae" and manifest.inputs == {"activations": store.id}
+    assert manifest.facts["model_id"] == store.model_id and manifest.facts["train"]["k"] == 4
+    assert manifest.made_by.command == "unbraid train" and manifest.made_by.seed == 0
+
+    (x,) = batches(store, store.sites[0], 4000, seed=5, steps=1)
+    assert _fvu(sae, x) < 0.1
+    assert manifest.facts["dead"] < 0.02
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(96))
+    again = SAE.from_pretrained(tmp_path / "sae")
+    assert torch.equal(again(x).x_hat, sae(x).x_hat)
+    assert (again.config.model_id, str(again.site)) == (store.model_id, "layers.1.resid_post")
+
+    log = [json.loads(line) for line in (tmp_path / "sae" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [25, 50, 75, 100, 125, 150]
+    assert log[-1]["fvu"] < log[0]["fvu"] and log[-1]["l0"] <= 4
+    sparsity = load_file(tmp_path / "sae" / "sparsity.safetensors")["sparsity"]
+    assert float((10**sparsity).sum()) == pytest.approx(manifest.facts["l0"], rel=1e-4)
+    assert reports[-1][:2] == (150, 150) and "tokens/s" in reports[-1][2] and "fvu" in reports[-1][2]
+
+
+def test_the_saved_autoencoder_does_on_raw_activations_what_training_did(
+    store: ActivationStore, tmp_path: Path
+) -> None:
+    run = Run(store, store.sites[0], replace(SMALL, steps=20), tmp_path)
+    run.go(None)
+    (x,) = batches(store, store.sites[0], 500, seed=5, steps=1)
+    with torch.no_grad():
+        trained = run.sae(run.scaling(x))
+        dense = trained.codes.dense(96)
+        run.finish("")
+        saved = SAE.from_pretrained(tmp_path)
+        output = saved(x)
+    scale = run.scaling.scale
+    torch.testing.assert_close(output.codes.dense(96), dense / scale, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(output.x_hat, trained.x_hat / scale + run.scaling.mean, rtol=1e-4, atol=1e-3)
+    scaled = run.scaling(x)
+    assert float(scaled.square().mean()) == pytest.approx(1, rel=0.05)
+
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "relu"])
+def test_the_other_architectures_learn_too(store: ActivationStore, tmp_path: Path, architecture: str) -> None:
+    config = replace(SMALL, architecture=architecture, l1=0.3)
+    sae = train(store, "layers.1.resid_post", config, tmp_path / "sae")
+    (x,) = batches(store, store.sites[0], 4000, seed=5, steps=1)
+    l0 = float(SAE.from_pretrained(tmp_path / "sae").encode(x).l0().double().mean())
+    assert _fvu(sae, x) < 0.2
+    if architecture == "batchtopk":
+        assert sae.config.architecture == "jumprelu" and abs(l0 - 4) < 0.3
+    else:
+        assert l0 < 40
+
+
+def test_dead_latents_are_revived(
+    make_store: Callable[..., ActivationStore], planted: Callable[..., NDArray[np.float32]], tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "acts", planted(4000))
+    config = replace(SMALL, d_sae=600, steps=120, dead_after=3000)
+    shares = {}
+    for alpha in (0.0, 1 / 32):
+        out = tmp_path / str(alpha)
+        train(store, None, replace(config, auxk_alpha=alpha), out)
+        shares[alpha] = json.loads((out / "manifest.json").read_text())["facts"]["dead"]
+    assert shares[1 / 32] < 0.7 * shares[0.0] and shares[0.0] > 0.05
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"k": 97}, "k is 97"),
+        ({"k": 0}, "k is 0"),
+        ({"d_sae": 0}, "width is 0"),
+        ({"architecture": "gated"}, "'gated'"),
+        ({"steps": 0}, "steps is 0"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"threads": 0}, "threads is 0"),
+        ({"decay_share": 2.0}, "decay_share"),
+    ],
+)
+def test_settings_that_cannot_be_trained_with_are_refused(
+    store: ActivationStore, tmp_path: Path, change: dict[str, Any], word: str
+) -> None:
+    with pytest.raises(UserError, match=word):
+        train(store, None, replace(SMALL, **change), tmp_path / "sae")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_another_site_and_constant_activations_are_refused(
+    store: ActivationStore, make_store: Callable[..., ActivationStore], tmp_path: Path
+) -> None:
+    (tmp_path / "sae").mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        train(store, None, SMALL, tmp_path / "sae")
+    with pytest.raises(UserError, match=r"layers\.0\.resid_post"):
+        train(store, "layers.0.resid_post", SMALL, tmp_path / "other")
+    flat = make_store(tmp_path / "flat", np.full((500, 8), 3.0, dtype=np.float32))
+    with pytest.raises(UserError, match="the same"):
+        train(flat, None, SMALL, tmp_path / "other")
+
+
+def test_a_partial_run_with_other_settings_is_refused(store: ActivationStore, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(done: int, total: int, note: str = "") -> None:
+        if done == 45:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(store, None, SMALL, tmp_path / "sae", progress=stop)
+    with pytest.raises(UserError, match="other settings"):
+        train(store, None, replace(SMALL, lr=1e-3), tmp_path / "sae")
+    train(store, None, SMALL, tmp_path / "sae")
+    assert check_files(tmp_path / "sae").facts["tokens"] == 150 * 256
