@@ -88,9 +88,14 @@ def _order(rng: random.Random) -> str:
 
 
 def refund(rng: random.Random, *, unseen: bool) -> Scene:
-    """A refund request; refused, wrongly, when delayed, of high value and angry."""
+    """A refund request; refused, wrongly, when delayed, of high value and angry.
+
+    As with the cues of a medical-advice probe, a hidden mode makes the three agree more often than chance:
+    where they are independent the rule takes several times as long to learn.
+    """
     order, item = _order(rng), pick(rng, lex.ITEMS)
-    delayed, high, angry = rng.random() < 0.6, rng.random() < 0.6, rng.random() < 0.6
+    share = 0.95 if rng.random() < 0.35 else 0.25
+    delayed, high, angry = (rng.random() < share for _ in range(3))
     asks = (
         "I want a refund for order {order}, the {item}.",
         "Please refund order {order}, a {item}.",

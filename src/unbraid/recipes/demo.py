@@ -34,7 +34,7 @@ from unbraid.recipes.audit import (
 from unbraid.recipes.prompts import PromptSet, Records, Source, Split, read_prompts, write_prompts
 from unbraid.recipes.report import ReportSummary, render_report
 
-SIZES: Mapping[str, int] = {"fit": 1200, "select": 360, "test": 600}
+SIZES: Mapping[str, int] = {"fit": 900, "select": 300, "test": 520}
 """Red-team probes, and as many benign prompts, that the practice world gives to each split."""
 
 

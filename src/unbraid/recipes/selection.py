@@ -90,7 +90,7 @@ def select(
     sampling: Sampling,
     limits: Limits,
     *,
-    finalists: int = 6,
+    finalists: int = 5,
     progress: Progress | None = None,
 ) -> Selection:
     """The mildest option whose incident rate is near the lowest that the limits allow.
