@@ -29,7 +29,7 @@ def test_plain_lines_come_seldom_and_say_rate_and_time_left() -> None:
 def test_nothing_to_do_is_said_once() -> None:
     out = io.StringIO()
     Lines("find", out=out)(0, 0)
-    assert out.getvalue() == "find: 0/0\n"
+    assert out.getvalue() == "find: 0\n"
 
 
 @pytest.mark.parametrize(
@@ -68,3 +68,12 @@ def test_on_a_terminal_there_is_a_bar() -> None:
     os.close(ours)
     assert done.stdout == b""
     assert "train" in seen and "3/3" in seen and "/s" in seen and "[fvu] 0.1" in seen
+
+
+def test_an_unknown_total_shows_the_count_alone_and_not_at_every_call() -> None:
+    out, now = io.StringIO(), [0.0]
+    lines = Lines("index", "tokens", out=out, seconds=5, clock=lambda: now[0])
+    for i in range(10):
+        now[0] = float(i)
+        lines(100 * i, 0)
+    assert out.getvalue().splitlines() == ["index: 0 tokens", "index: 500 tokens, 100/s"]

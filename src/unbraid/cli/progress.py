@@ -48,23 +48,25 @@ class Lines:
         self._last_line = float("-inf")
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
-        """Print a line when one is due or the work is finished."""
+        """Print a line when one is due or the work is finished; a total of 0 means that nobody knows it."""
         now = self._clock()
+        unfinished = done < total or total == 0
         if self._first is None:
             self._first = (now, done)
-        if now - self._last_line < self._seconds and done < total:
+        if now - self._last_line < self._seconds and unfinished:
             return
         self._last_line = now
         started, already = self._first
         rate = (done - already) / (now - started) if now > started else 0.0
-        parts = [f"{done:,}/{total:,}{' ' + self._unit if self._unit else ''}"]
-        if total > 0:
+        count = f"{done:,}/{total:,}" if total else f"{done:,}"
+        parts = [f"{count} {self._unit}".rstrip()]
+        if total:
             parts[0] += f" ({100 * done // total} %)"
         if rate > 0:
             parts.append(f"{_number(rate)}/s")
-            parts.append(
-                f"{duration((total - done) / rate)} left" if done < total else f"in {duration(now - started)}"
-            )
+        if rate > 0 and total:
+            left = duration((total - done) / rate)
+            parts.append(f"{left} left" if unfinished else f"in {duration(now - started)}")
         if note:
             parts.append(note)
         print(f"{self._title}: {', '.join(parts)}", file=self._out or sys.stderr, flush=True)
@@ -109,6 +111,6 @@ def _bar(title: str, unit: str) -> Generator[Progress, None, None]:
         task = bar.add_task(title, total=None, rate="", note="")
 
         def report(done: int, total: int, note: str = "") -> None:
-            bar.update(task, completed=done, total=total, note=note)
+            bar.update(task, completed=done, total=total or None, note=note)
 
         yield report
