@@ -21,7 +21,7 @@ from unbraid.training.trainer import train
 OPTIONS = {
     "d_sae": 64,
     "k": 4,
-    "steps": 150,
+    "steps": 400,  # ten kills come at most 28 steps apart, so none can find the run finished
     "batch_size": 128,
     "checkpoint_every": 8,
     "log_every": 5,

@@ -73,7 +73,7 @@ def run_audit(
     settings = {"model": lm.id, "prompts": origin, "config": asdict(config), "version": unbraid.__version__}
     remember_settings(out, settings)
     if (out / MANIFEST).exists():
-        return json.loads((out / "summary.json").read_text())
+        return _summary(out)
     shop = Workshop(lm, out, config, command, stage)
     fit, chosen_on = (
         write_prompts(source, split, out / "prompts" / split, command=command, seed=config.seed)
@@ -98,7 +98,11 @@ def run_audit(
     page = report_of(shop, guarded, finding, summary, sae, index, test)
     write_text(out / "report.html", render_report(page))
     _seal(shop, guarded)
-    return summary
+    return _summary(out)
+
+
+def _summary(out: Path) -> dict[str, Any]:
+    return json.loads((out / "summary.json").read_text("utf-8"))
 
 
 def _seal(shop: Workshop, guarded: Guarded) -> None:
