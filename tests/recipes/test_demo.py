@@ -22,9 +22,10 @@ from unbraid.manifest.progress import Progress
 from unbraid.manifest.record import read_manifest
 from unbraid.model import LanguageModel, load_model
 from unbraid.practice.assistant import folder
-from unbraid.recipes.audit import AuditConfig, Workshop
-from unbraid.recipes.demo import practice_prompts, run_audit
+from unbraid.recipes.audit import run_audit
+from unbraid.recipes.demo import practice_prompts
 from unbraid.recipes.results import lineage_is_clean
+from unbraid.recipes.workshop import AuditConfig, Workshop
 
 SIZES = {"fit": 360, "select": 90, "test": 120}
 CONFIG = AuditConfig(

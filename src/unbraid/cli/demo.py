@@ -17,9 +17,10 @@ from rich.table import Table
 from unbraid.cli.models import open_model
 from unbraid.cli.progress import shown
 from unbraid.manifest.errors import UserError
-from unbraid.recipes.audit import AuditConfig
-from unbraid.recipes.demo import practice_prompts, run_audit
+from unbraid.recipes.audit import run_audit
+from unbraid.recipes.demo import practice_prompts
 from unbraid.recipes.prompts import from_files
+from unbraid.recipes.workshop import AuditConfig
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,9 @@ from unbraid.features.separation import auroc_interval, linear_readout
 from unbraid.manifest.errors import IntegrityError
 from unbraid.manifest.files import write_json
 from unbraid.manifest.record import check_files, read_manifest
-from unbraid.recipes.audit import Guarded, Workshop
+from unbraid.recipes.guarding import Guarded
 from unbraid.recipes.prompts import PromptSet
+from unbraid.recipes.workshop import Workshop
 from unbraid.stats.bootstrap import Interval, rate
 
 CURVE = (1.0, 2.0, 3.0, 4.0, 6.0)
