@@ -321,7 +321,6 @@ def _sentence(error: ValidationError) -> str:
     # An unknown key is often a misspelt one, and then the reason why another is missing.
     first = next((e for e in errors if e["type"] == "unexpected_keyword_argument"), errors[0])
     unknown = first["type"] == "unexpected_keyword_argument"
-    unknown = first["type"] == "unexpected_keyword_argument"
     place = list(first["loc"])
     if not unknown:  # for a number or a list, pydantic adds the branch's name: float, or tuple[float, ...]
         place = [p for p in place if p != "float" and not str(p).startswith("tuple[")]
