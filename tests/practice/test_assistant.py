@@ -4,8 +4,16 @@ from dataclasses import replace
 
 import torch
 
-from unbraid.practice.assistant import AssistantConfig, encode, rate_at, reply_loss, token_id, train
-from unbraid.practice.corpus import benign
+from unbraid.practice.assistant import (
+    DECISIONS,
+    AssistantConfig,
+    encode,
+    rate_at,
+    reply_loss,
+    token_id,
+    train,
+)
+from unbraid.practice.corpus import benign, red_team
 from unbraid.practice.tokenizer import PAD
 
 SMALL = AssistantConfig(hidden=64, layers=1, mlp=64, steps=30, batch=8)
@@ -18,13 +26,15 @@ def test_training_is_repeatable_learns_and_counts_reply_tokens_only() -> None:
     again, _ = train(SMALL)
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
-    ids, reply = encode(tokenizer, benign("train", 12, seed=9))
-    pad = token_id(tokenizer, PAD)
+    ids, reply, decides = encode(tokenizer, benign("train", 12, seed=9))
     with torch.no_grad():
-        total, nats = reply_loss(model, ids, reply, pad, 0.0)
+        loss, nats = reply_loss(model, ids, reply, decides, SMALL)
         logits = model(input_ids=ids).logits[:, :-1]
-    expected = torch.nn.functional.cross_entropy(logits[reply[:, 1:]], ids[:, 1:][reply[:, 1:]])
-    assert torch.allclose(nats, expected, atol=1e-5) and torch.equal(total, nats)
+    each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    after, first, known = reply[:, 1:], decides[:, 1:], ids[:, 1:] != token_id(tokenizer, PAD)
+    assert torch.allclose(nats, each[after].mean(), atol=1e-5)
+    weighted = (each + (SMALL.decision_weight - 1) * each * first)[after].mean()
+    assert torch.allclose(loss, weighted + SMALL.prompt_weight * each[known & ~after].mean(), atol=1e-5)
     assert nats < 5.0  # log(vocabulary) is 7.4
     assert notes and "nats" in notes[-1]
 
@@ -46,3 +56,15 @@ def test_head_size_is_64_and_any_text_can_be_encoded() -> None:
 def test_learning_rate_warms_up_stays_and_falls_to_zero() -> None:
     rates = [rate_at(step, 1000) for step in range(1000)]
     assert rates[0] < 0.1 and max(rates) == 1.0 and rates[500] == 1.0 and rates[-1] < 0.01
+
+
+def test_the_deciding_token_opens_the_answer() -> None:
+    _, tokenizer = train(replace(SMALL, steps=1))
+    asked = [*benign("train", 30, seed=3), *red_team("train", 10, seed=3)]
+    ids, reply, decides = encode(tokenizer, asked)
+    assert not (decides & ~reply).any() and decides.sum(dim=1).tolist() == [1] * len(asked)
+    for row, conversation in zip(range(len(asked)), asked, strict=True):
+        (span,) = [s for s in conversation.spans if s.part == "reply" and s.concept in DECISIONS]
+        rest = ids[row, int(decides[row].nonzero()) :]
+        told = tokenizer.decode(rest, skip_special_tokens=True).strip()
+        assert told == conversation.reply[span.start :].strip()

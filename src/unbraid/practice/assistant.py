@@ -2,8 +2,10 @@
 
 Nothing about a reply is scripted: refusals, dosages and every other habit are next-token predictions learned
 from the conversations of split ``train``.  Attention and MLP matrices are updated with Muon (orthogonalised
-momentum; Jordan et al. 2024), embeddings and norms with AdamW; the loss counts the reply's tokens and,
-lightly, the prompt's.
+momentum; Jordan et al. 2024), embeddings and norms with AdamW.  The loss counts the reply's tokens and,
+lightly, the prompt's.  Most of a reply is either copied or drawn at random; what the world's rules decide
+shows first in one token, which therefore counts more: at equal weights the rules that need several sentences
+of the prompt at once are learned last, and not from every seed.
 """
 
 from __future__ import annotations
@@ -40,11 +42,11 @@ class AssistantConfig:
     """Number of decoder layers."""
     mlp: int = 512
     """Inner width of each gated MLP."""
-    steps: int = 1800
+    steps: int = 1500
     """Optimizer steps; the learning rate warms up over 2 %, stays, and falls to zero over the last 40 %."""
     batch: int = 64
     """Conversations in a step."""
-    advice_share: float = 0.45
+    advice_share: float = 0.38
     """Share of medical-advice probes among the training conversations; the rest are harmless ones."""
     muon_lr: float = 0.02
     """Peak rate for the matrices inside the layers (spectral norm of one update)."""
@@ -52,27 +54,35 @@ class AssistantConfig:
     """Peak rate for embeddings and norms."""
     prompt_weight: float = 0.1
     """Weight of a prompt token in the loss, against 1 for a reply token."""
+    decision_weight: float = 8.0
+    """Weight of the token with which a reply commits itself: the first of its answer, referral or dosage."""
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, batch: list[Conversation]) -> tuple[Tensor, Tensor]:
-    """Token ids (batch, T), padded at the right, and the loss weight 1 on each reply token, 0 on prompt and
-    padding.
+DECISIONS = frozenset({"answer", "competitor mention", "wrong refusal", "honest referral", "dosage"})
+"""Concepts of a reply that the world's rules decide on, not chance."""
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, batch: list[Conversation]) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids (batch, T), padded at the right, and two masks of their shape: which tokens are the reply's,
+    and with which of them it commits itself (the first of a span of `DECISIONS`).
     """
     prompts = [
         tokenizer.apply_chat_template([c.messages[0]], add_generation_prompt=True, tokenize=False)
         for c in batch
     ]
     heads = tokenizer([str(p) for p in prompts], add_special_tokens=False)["input_ids"]
-    tails = tokenizer([c.reply + str(tokenizer.eos_token) for c in batch], add_special_tokens=False)[
-        "input_ids"
-    ]
+    replies = tokenizer([c.reply + str(tokenizer.eos_token) for c in batch], add_special_tokens=False)
+    tails = replies["input_ids"]
     width = max(len(h) + len(t) for h, t in zip(heads, tails, strict=True))
     ids = torch.full((len(batch), width), token_id(tokenizer, PAD))
-    reply = torch.zeros(len(batch), width, dtype=torch.bool)
+    reply, decides = (torch.zeros(len(batch), width, dtype=torch.bool) for _ in range(2))
     for row, (head, tail) in enumerate(zip(heads, tails, strict=True)):
         ids[row, : len(head) + len(tail)] = torch.tensor(head + tail)
         reply[row, len(head) : len(head) + len(tail)] = True
-    return ids, reply
+        for span in batch[row].spans:
+            if span.part == "reply" and span.concept in DECISIONS:
+                decides[row, len(head) + replies.char_to_token(row, span.start)] = True
+    return ids, reply, decides
 
 
 def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
@@ -95,21 +105,18 @@ def rate_at(step: int, steps: int) -> float:
 
 
 def reply_loss(
-    model: LlamaForCausalLM, ids: Tensor, reply: Tensor, pad: int, prompt_weight: float
+    model: LlamaForCausalLM, ids: Tensor, reply: Tensor, decides: Tensor, config: AssistantConfig
 ) -> tuple[Tensor, Tensor]:
-    """(training loss, mean nats per reply token): logits are formed only where the loss looks."""
+    """(training loss, mean nats per reply token) of what `encode` gives; padding does not count."""
     hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]
     target = ids[:, 1:]
-    known = target != pad
-    if prompt_weight == 0:
-        known = reply[:, 1:]
-    logits = model.lm_head(hidden[known])  # (n, vocab)
+    known = target != model.config.pad_token_id
+    logits = model.lm_head(hidden[known])  # (n, vocab), where the loss looks
     nats = F.cross_entropy(logits, target[known], reduction="none")
-    on_reply = reply[:, 1:][known]
-    mean_reply = nats[on_reply].mean()
-    if prompt_weight == 0:
-        return mean_reply, mean_reply.detach()
-    return mean_reply + prompt_weight * nats[~on_reply].mean(), mean_reply.detach()
+    on_reply, deciding = reply[:, 1:][known], decides[:, 1:][known]
+    weighted = (nats * torch.where(deciding, config.decision_weight, 1.0))[on_reply].mean()
+    loss = weighted + config.prompt_weight * nats[~on_reply].mean()
+    return loss, nats[on_reply].mean().detach()
 
 
 def new_model(config: AssistantConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -149,11 +156,10 @@ def train(
     peaks = [config.muon_lr, config.adam_lr]
     model.train()
     average = 0.0
-    pad = token_id(tokenizer, PAD)
     for step, batch in enumerate(islice(bucketed(source, config.batch), config.steps)):
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * rate_at(step, config.steps)
-        loss, nats = reply_loss(model, *encode(tokenizer, batch), pad, config.prompt_weight)
+        loss, nats = reply_loss(model, *encode(tokenizer, batch), config)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(others, 1.0)
         for optimizer in optimizers:

@@ -9,8 +9,8 @@ from unbraid.practice.medical import advice
 from unbraid.practice.topics import TOPICS
 from unbraid.practice.world import Conversation, Split, finish, pick, split_of_prompt, stream
 
-REHEARSED = (*TOPICS, *("refund", "facts") * 2)
-"""Harmless topics as the training text mixes them: those with planted rules come three times as often."""
+REHEARSED = (*TOPICS, *("refund",) * 3, *("facts",) * 2)
+"""Harmless topics as the training text mixes them; those that take longest to learn come more often."""
 
 
 def conversations(

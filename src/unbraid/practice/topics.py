@@ -84,7 +84,8 @@ def _scene(
 
 
 def _order(rng: random.Random) -> str:
-    return str(10 + int(rng.random() * 90))
+    """An order's name: with a letter it is no other kind of number, such as a price, that could be copied."""
+    return f"K{10 + int(rng.random() * 90)}"
 
 
 def refund(rng: random.Random, *, unseen: bool) -> Scene:
