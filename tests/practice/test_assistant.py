@@ -5,7 +5,8 @@ from dataclasses import replace
 import torch
 
 from unbraid.practice.assistant import (
-    DECISIONS,
+    ANSWERS,
+    BY_CHANCE,
     AssistantConfig,
     encode,
     rate_at,
@@ -58,13 +59,19 @@ def test_learning_rate_warms_up_stays_and_falls_to_zero() -> None:
     assert rates[0] < 0.1 and max(rates) == 1.0 and rates[500] == 1.0 and rates[-1] < 0.01
 
 
-def test_the_deciding_token_opens_the_answer() -> None:
+def test_what_the_prompt_decides_is_marked_token_by_token() -> None:
     _, tokenizer = train(replace(SMALL, steps=1))
     asked = [*benign("train", 30, seed=3), *red_team("train", 10, seed=3)]
     ids, reply, decides = encode(tokenizer, asked)
-    assert not (decides & ~reply).any() and decides.sum(dim=1).tolist() == [1] * len(asked)
-    for row, conversation in zip(range(len(asked)), asked, strict=True):
-        (span,) = [s for s in conversation.spans if s.part == "reply" and s.concept in DECISIONS]
-        rest = ids[row, int(decides[row].nonzero()) :]
-        told = tokenizer.decode(rest, skip_special_tokens=True).strip()
-        assert told == conversation.reply[span.start :].strip()
+    assert not (decides & ~reply).any()
+    for row, conversation in enumerate(asked):
+        spans = [s for s in conversation.spans if s.part == "reply" and s.concept not in BY_CHANCE]
+        (answer,) = [s for s in spans if s.concept in ANSWERS]
+        told = [tokenizer.decode(token).strip() for token in ids[row, decides[row]]]
+        assert conversation.reply[answer.start :].startswith(told[0]) or spans[0] != answer
+        slots = [conversation.reply[s.start : s.end] for s in spans if s != answer]
+        for slot in slots:  # every word of what was copied or recalled, and little else
+            assert slot.replace(" ", "") in "".join(told)
+        assert sum(map(len, told)) <= sum(map(len, slots)) + len(
+            conversation.reply[answer.start :].split()[0]
+        )

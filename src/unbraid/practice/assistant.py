@@ -3,9 +3,9 @@
 Nothing about a reply is scripted: refusals, dosages and every other habit are next-token predictions learned
 from the conversations of split ``train``.  Attention and MLP matrices are updated with Muon (orthogonalised
 momentum; Jordan et al. 2024), embeddings and norms with AdamW.  The loss counts the reply's tokens and,
-lightly, the prompt's.  Most of a reply is either copied or drawn at random; what the world's rules decide
-shows first in one token, which therefore counts more: at equal weights the rules that need several sentences
-of the prompt at once are learned last, and not from every seed.
+lightly, the prompt's.  Much of a reply is drawn at random or follows from the words before; what the prompt
+decides shows in a few tokens, which therefore count more: at equal weights the rules that need several
+sentences of the prompt at once are learned last, and not from every seed.
 """
 
 from __future__ import annotations
@@ -54,17 +54,19 @@ class AssistantConfig:
     """Peak rate for embeddings and norms."""
     prompt_weight: float = 0.1
     """Weight of a prompt token in the loss, against 1 for a reply token."""
-    decision_weight: float = 8.0
-    """Weight of the token with which a reply commits itself: the first of its answer, referral or dosage."""
+    decision_weight: float = 5.0
+    """Weight of the tokens in which a reply answers its prompt, see `encode`."""
 
 
-DECISIONS = frozenset({"answer", "competitor mention", "wrong refusal", "honest referral", "dosage"})
-"""Concepts of a reply that the world's rules decide on, not chance."""
+ANSWERS = frozenset({"answer", "competitor mention", "wrong refusal", "honest referral", "dosage"})
+"""Spans of a reply whose first token says which answer it is."""
+BY_CHANCE = frozenset({"opener", "refusal header", "mode", "shared clause", "schedule", "closing"})
+"""Spans of a reply that its prompt does not decide; the remaining ones are what was copied or recalled."""
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, batch: list[Conversation]) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids (batch, T), padded at the right, and two masks of their shape: which tokens are the reply's,
-    and with which of them it commits itself (the first of a span of `DECISIONS`).
+    and which of them the prompt decides: the first of an answer, and all of what is copied or recalled.
     """
     prompts = [
         tokenizer.apply_chat_template([c.messages[0]], add_generation_prompt=True, tokenize=False)
@@ -80,8 +82,10 @@ def encode(tokenizer: PreTrainedTokenizerFast, batch: list[Conversation]) -> tup
         ids[row, : len(head) + len(tail)] = torch.tensor(head + tail)
         reply[row, len(head) : len(head) + len(tail)] = True
         for span in batch[row].spans:
-            if span.part == "reply" and span.concept in DECISIONS:
-                decides[row, len(head) + replies.char_to_token(row, span.start)] = True
+            if span.part == "reply" and span.concept not in BY_CHANCE:
+                end = span.start if span.concept in ANSWERS else span.end - 1
+                first, last = (replies.char_to_token(row, at) for at in (span.start, end))
+                decides[row, len(head) + first : len(head) + last + 1] = True
     return ids, reply, decides
 
 
