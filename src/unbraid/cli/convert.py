@@ -12,7 +12,7 @@ from rich.console import Console
 from unbraid.cli.saes import this_command
 from unbraid.manifest.files import building
 from unbraid.manifest.identity import sha256_file
-from unbraid.manifest.record import MANIFEST, check_files, write_manifest
+from unbraid.manifest.record import MANIFEST, check_files, list_files, write_manifest
 from unbraid.model.sites import Site
 from unbraid.sae.formats import saelens, sparsify
 from unbraid.sae.formats.detect import Source, detect
@@ -46,13 +46,14 @@ class Options:
 def run(options: Options) -> None:
     """Convert, write the manifest, and say what was found."""
     with building(options.out) as folder:
+        for stray in (*list_files(folder), MANIFEST):  # what a killed run left, perhaps in another format
+            (folder / stray).unlink(missing_ok=True)
         source = detect(locate(options.src, options.subfolder, options.revision))
         sae = source.load(options.k)
         site = str(Site.parse(options.site)) if options.site else sae.config.site
         model_name = options.model_name or sae.config.model_name
         sae.config = replace(sae.config, site=site, model_name=model_name)
         WRITERS[options.to](sae, folder)
-        (folder / MANIFEST).unlink(missing_ok=True)  # a killed run's
         inputs, paths = _inputs(source)
         write_manifest(
             folder,
@@ -70,9 +71,10 @@ def run(options: Options) -> None:
             },
             paths=paths,
         )
+    unknown = "" if sae.config.site else " (unknown; give --site)"
     what = f"{sae.config.architecture}, {sae.config.d_in} × {sae.config.d_sae}"
     Console().print(
-        f"{options.out}: {what}, read as {source.format}, site {sae.config.site or 'unknown (give --site)'}",
+        f"{options.out}: {what}, read as {source.format}, site {sae.config.site!r}{unknown}",
         markup=False,
         highlight=False,
         soft_wrap=True,

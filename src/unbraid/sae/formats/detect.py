@@ -86,7 +86,7 @@ def detect(path: Path) -> Source:
                 return Source(row.name, file, None, row, tensors)
     known = ", ".join(["SAELens", *(row.name for row in FORMATS)])
     raise UserError(
-        f"{path} holds no autoencoder in a known format (no {saelens.CONFIG}, and nothing of another tool's); "
+        f"{path} holds no autoencoder in a known format (neither {saelens.CONFIG} nor another tool's files); "
         f"known are {known}"
     )
 

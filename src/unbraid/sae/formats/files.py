@@ -6,7 +6,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+import zlib
 from pathlib import Path
 from typing import Any, cast
 
@@ -77,16 +77,19 @@ def weights_files(path: Path) -> list[Path]:
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
+    if not zipfile.is_zipfile(path):
+        raise IntegrityError(f"{path} is cut off or damaged; {AGAIN}")
     try:
-        with cast("Mapping[str, Any]", np.load(path, allow_pickle=False)) as arrays:  # type: ignore[attr-defined]
-            return {name: torch.from_numpy(np.asarray(arrays[name])) for name in arrays}
+        arrays: Any = np.load(path, allow_pickle=False)
+        with arrays:
+            return {name: torch.from_numpy(np.asarray(arrays[name])) for name in arrays.files}
     except ValueError as error:
         if "allow_pickle" in str(error):
             raise UserError(
                 f"{path} holds Python objects, which could run code; nothing was read from it"
             ) from error
         raise IntegrityError(f"{path} is cut off or damaged; {AGAIN}") from error
-    except (zipfile.BadZipFile, EOFError, OSError, TypeError, AttributeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, TypeError) as error:
         raise IntegrityError(f"{path} is cut off or damaged; {AGAIN}") from error
 
 

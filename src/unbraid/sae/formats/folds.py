@@ -26,7 +26,7 @@ from torch import Tensor
 from unbraid.manifest.errors import UserError
 
 State = dict[str, Tensor]
-"""Weights by our names: W_enc (d_in, d_sae), W_dec (d_sae, d_in), b_dec (d_in,), b_enc, threshold (d_sae,)."""
+"""Weights by name: W_enc (d_in, d_sae), W_dec (d_sae, d_in), b_dec (d_in,), b_enc, threshold (d_sae,)."""
 
 
 @dataclass(frozen=True, eq=False)

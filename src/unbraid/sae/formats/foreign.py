@@ -157,7 +157,7 @@ def _stored_norm(found: Found) -> float:
     name = f"dataset_average_activation_norm.{found.get('hook_point_in')}"
     if name not in found.tensors or not 0 < float(found.tensors[name]) < float("inf"):
         raise UserError(
-            f"{found.weights} lacks {name}, which norm_activation 'dataset-wise' needs; fetch it again"
+            f"{found.weights} lacks {name!r}, which norm_activation 'dataset-wise' needs; fetch it again"
         )
     return float(found.tensors[name])
 

@@ -35,7 +35,7 @@ def fetch(repository: str, subfolder: str = "", revision: str | None = None) -> 
         folders = sorted(
             {file.parent.relative_to(snapshot).as_posix() for file in snapshot.rglob("*")} - {"."}
         )
-        some = f"; it has {', '.join(folders[:4])}" if folders else ""
+        some = f"; it has {', '.join(map(repr, folders[:4]))}" if folders else ""
         raise UserError(
             f"{repository} has no folder {subfolder!r} here{some}; choose one that holds an autoencoder"
         )

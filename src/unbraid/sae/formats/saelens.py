@@ -82,12 +82,15 @@ def load(folder: Path) -> SAE:
     if missing:
         raise IntegrityError(f"{folder / WEIGHTS} lacks the tensor {missing[0]}; fetch or make it again")
     state = {name: weights[name].float() for name in form.tensors}
-    _fold_normalisation(state, record, folder)
-    if record.get("rescale_acts_by_decoder_norm"):
-        unit_decoder(state)
     if "threshold" not in form.tensors and (folder / THRESHOLDS).is_file():
         state["threshold"] = read_safetensors(folder / THRESHOLDS)["threshold"]
-    return assemble(config, state, folder / WEIGHTS)
+
+    def fold(state: State) -> None:
+        _fold_normalisation(state, record, folder)
+        if record.get("rescale_acts_by_decoder_norm"):
+            unit_decoder(state)
+
+    return assemble(config, state, folder / WEIGHTS, fold)
 
 
 def _fold_normalisation(state: State, record: dict[str, Any], folder: Path) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from unbraid.manifest.errors import IntegrityError, UserError
 from unbraid.sae.base import SAE, SAEConfig
@@ -99,9 +98,9 @@ def interpret(row: Format, found: Found, k: int | None = None) -> SAE:
     for name, size in (("d_in", d_in), ("d_sae", d_sae)):
         said = _field(row, name, found)
         if said not in ("", "0", str(size)):
-            raise IntegrityError(f"{found.weights}: W_enc means {name} {size} but {found.config} says {said}")
-    for fold in variant.folds:
-        fold(state, found)
+            raise IntegrityError(
+                f"{found.weights}: W_enc means {name} {size} but {found.config} says {said!r}"
+            )
     centred = variant.centred
     config = SAEConfig(
         architecture=variant.architecture,
@@ -113,24 +112,34 @@ def interpret(row: Format, found: Found, k: int | None = None) -> SAE:
         apply_b_dec_to_input=centred if isinstance(centred, bool) else found.get(centred) is True,
         metadata={"format": row.name},
     )
-    return assemble(config, state, found.weights)
+
+    def fold(state: State) -> None:
+        for one in variant.folds:
+            one(state, found)
+
+    return assemble(config, state, found.weights, fold)
 
 
-def assemble(config: SAEConfig, state: Mapping[str, Tensor], path: Path) -> SAE:
-    """The autoencoder with these weights, frozen. Raises IntegrityError, naming `path`, for a wrong shape.
+def assemble(config: SAEConfig, state: State, path: Path, fold: Callable[[State], None] | None = None) -> SAE:
+    """The autoencoder with these weights after `fold`, frozen.
 
-    A threshold beside a TopK autoencoder, which does not encode with it, is kept for its edits.
+    Raises IntegrityError, naming `path`, where a shape is not what the configuration means. A threshold beside
+    a TopK autoencoder, which does not encode with it, is kept for its edits.
     """
     sae = build(config)
-    if "threshold" in state:
-        sae.register_buffer("threshold", torch.zeros(config.d_sae))
-    for name, tensor in sae.state_dict().items():
-        if tensor.shape != state[name].shape:
+    shapes = {name: tensor.shape for name, tensor in sae.state_dict().items()}
+    shapes["threshold"] = sae.b_enc.shape
+    for name, tensor in state.items():
+        if tensor.shape != shapes[name]:
             raise IntegrityError(
-                f"{path}: {name} has shape {tuple(state[name].shape)} where {tuple(tensor.shape)} is meant; "
+                f"{path}: {name} has shape {tuple(tensor.shape)} where {tuple(shapes[name])} is meant; "
                 "fetch or make it again"
             )
-    sae.load_state_dict(dict(state))
+    if fold is not None:
+        fold(state)
+    if "threshold" in state:
+        sae.register_buffer("threshold", torch.zeros(config.d_sae))
+    sae.load_state_dict(state)
     return sae.requires_grad_(False)
 
 
