@@ -125,6 +125,20 @@ def _scopium(folder: Path, act_fn: str, **changes: Any) -> Path:
     return _put(folder, tensors, "sae_weights.safetensors", config, "config.json")
 
 
+def _early_scopium(folder: Path) -> Path:
+    """Version 1: linear layers, the threshold at the top, and a choice about centring."""
+    hook = "dataset_average_activation_norm.blocks.2.hook_resid_post"
+    _scopium(folder, "jumprelu", apply_decoder_bias_to_pre_encoder=False)
+    tensors = {
+        **LINEAR,
+        "decoder.bias": P["b"],
+        hook: torch.tensor(NORM),
+        "log_jumprelu_threshold": P["t"].log(),
+    }
+    del tensors["b_dec"]
+    return _put(folder, tensors, "sae_weights.safetensors")
+
+
 def _scopium_codes(act_fn: str) -> tuple[Tensor, Tensor]:
     """Its encode and decode on scaled input; codes in raw units times their row's length."""
     scale = math.sqrt(D) / NORM
@@ -289,6 +303,7 @@ CASES = {
         )
         for act in ("relu", "topk", "jumprelu")
     },
+    "llamascopium, early": Case("Llamascopium", _early_scopium, "jumprelu", *_scopium_codes("jumprelu")),
     "openai": _case("OpenAI", _openai, "relu", CENTRED.relu(), site="layers.2.mlp_out"),
     "opensae": _case("OpenSAE", _opensae, "topk", _top(CENTRED)),
     "qwen scope": _case("Qwen Scope", _qwen, "topk", _top(PLAIN)),
@@ -339,7 +354,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "llama scope without norm": (lambda f: _llama(f, dataset_average_activation_norm=None), "norm.in"),
     "llamascopium crosscoder": (lambda f: _scopium(f, "relu", sae_type="crosscoder"), "sae_type"),
     "llamascopium batchtopk": (lambda f: _scopium(f, "batchtopk"), "'batchtopk'"),
-    "openai topk": (lambda f: _openai(f, "TopK"), "TopK"),
+    "openai topk": (lambda f: _openai(f, "TopK"), "TopK.*every token by itself"),
     "opensae normalising": (lambda f: _opensae(f, input_normalize=True), "every token by itself"),
     "opensae normalising by default": (lambda f: _opensae(f, input_normalize=None), "every token by itself"),
     "opensae jumprelu": (lambda f: _opensae(f, activation="jumprelu"), "'jumprelu'"),

@@ -16,15 +16,19 @@ def is_repository(name: str) -> bool:
 def fetch(repository: str, subfolder: str = "", revision: str | None = None) -> Path:
     """The local folder (or file) `subfolder` of a repository, downloaded unless the cache has it.
 
-    HF_HUB_CACHE and HF_HUB_OFFLINE=1 work as everywhere. Raises UserError when there is no such repository or
-    folder, or it cannot be reached.
+    Without a subfolder it is the files at the repository's top. HF_HUB_CACHE and HF_HUB_OFFLINE=1 work as
+    everywhere. Raises UserError when there is no such repository or folder, or it cannot be reached.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = [subfolder, f"{subfolder}/*"] if subfolder else None
+    # A repository may hold hundreds of autoencoders: never more than was asked for, which may be one file.
+    allowed = [subfolder, f"{subfolder}/*"] if subfolder else None
+    ignored = None if subfolder else ["*/*"]
     try:
-        snapshot = Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
+        snapshot = Path(
+            snapshot_download(repository, revision=revision, allow_patterns=allowed, ignore_patterns=ignored)
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"{repository} is neither a local folder nor a repository that can be reached or is cached "

@@ -53,8 +53,6 @@ class Variant:
     """apply_b_dec_to_input, or the field that says so (false when missing)."""
     folds: tuple[Fold, ...] = ()
     """What is folded into the weights, in this order."""
-    must: tuple[Must, ...] = ()
-    """Conditions of this architecture alone."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +89,9 @@ def interpret(row: Format, found: Found, k: int | None = None) -> SAE:
     Raises UserError, naming file and field, for what is not supported, and IntegrityError for missing tensors
     and shapes that do not fit.
     """
+    _check(row, found)
     variant = _variant(row, found)
-    _check(row, variant, found)
+    _know_all(row, variant, found)
     state = _take(variant, found)
     d_in, d_sae = state["W_enc"].shape
     for name, size in (("d_in", d_in), ("d_sae", d_sae)):
@@ -123,8 +122,8 @@ def interpret(row: Format, found: Found, k: int | None = None) -> SAE:
 def assemble(config: SAEConfig, state: State, path: Path, fold: Callable[[State], None] | None = None) -> SAE:
     """The autoencoder with these weights after `fold`, frozen.
 
-    Raises IntegrityError, naming `path`, where a shape is not what the configuration means. A threshold beside
-    a TopK autoencoder, which does not encode with it, is kept for its edits.
+    Raises IntegrityError, naming `path`, where a shape is not what the configuration means. A threshold
+    beside a TopK autoencoder, which does not encode with it, is kept for its edits.
     """
     sae = build(config)
     shapes = {name: tensor.shape for name, tensor in sae.state_dict().items()}
@@ -155,8 +154,8 @@ def _variant(row: Format, found: Found) -> Variant:
     return row.variants[kind]
 
 
-def _check(row: Format, variant: Variant, found: Found) -> None:
-    for must in (*row.must, *variant.must):
+def _check(row: Format, found: Found) -> None:
+    for must in row.must:
         if (value := found.get(must.at)) not in must.values:
             raise UserError(f"{found.config}: {must.at} is {value!r}: {must.otherwise}")
     if row.same:
@@ -166,6 +165,10 @@ def _check(row: Format, variant: Variant, found: Found) -> None:
                 f"{found.config} describes a transcoder ({row.same[0]} and {row.same[1]} differ); only "
                 f"autoencoders of {row.name} are supported"
             )
+
+
+def _know_all(row: Format, variant: Variant, found: Found) -> None:
+    """Refuse a tensor that is not read: it might change what the autoencoder does."""
     taken = {name for theirs in variant.tensors.values() for name, _ in named(theirs)}
     for name in found.tensors:
         if name not in taken and not any(fnmatchcase(name, pattern) for pattern in row.ignored):
