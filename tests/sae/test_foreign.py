@@ -362,6 +362,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda f: _put(f, MATRICES | {"W_enc": P["E"].T, "W_dec": P["W"].T}, "layer2.sae.pt"),
         "give k",
     ),
+    "dictionary of no known class": (lambda f: _dictionary(f, ["x"], LINEAR), "dict_class"),  # type: ignore
     "nothing": (lambda f: f, "cfg.json"),
 }
 
@@ -388,6 +389,7 @@ def test_missing_surplus_and_misshapen_tensors_are_named(name: str, tmp_path: Pa
         (lost, "lacks|known format"),
         ({**tensors, decoder: tensors[decoder][:-1]}, "shape"),
         ({**tensors, "W_skip": torch.zeros(D, D)}, "W_skip"),
+        ({**tensors, decoder: tensors[decoder] * float("nan")}, "not numbers"),
     ):
         _put(source.weights.parent, {**changed, **extras}, source.weights.name)
         with pytest.raises((IntegrityError, UserError), match=word) as caught:
@@ -449,3 +451,14 @@ def test_sparsify_is_written_and_read_again(random_sae: Callable[..., SAE], tmp_
         assert again.config.site == sae.config.site and again.config.model_name == "tiny"
     with pytest.raises(UserError, match="topk autoencoders only"):
         sparsify.save(random_sae("relu"), tmp_path / "relu")
+
+
+def test_the_path_counts_from_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma Scope's embeddings are told by their path, which may be relative, but not by any folder above."""
+    tensors = MATRICES | {"threshold": P["t"]}
+    folder = _put(tmp_path / "embedding" / "width_4k" / "l0_9", tensors, "params.npz")
+    whole = SAE.from_pretrained(folder)
+    monkeypatch.chdir(folder)
+    assert torch.equal(SAE.from_pretrained(Path("params.npz")).W_enc, whole.W_enc)
+    plain = _put(tmp_path / "embedding" / "layer_2" / "width_4k" / "l0_9", tensors, "params.npz")
+    assert torch.equal(SAE.from_pretrained(plain).W_enc, P["E"])

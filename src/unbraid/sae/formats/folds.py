@@ -45,7 +45,7 @@ class Found:
     def get(self, at: str) -> Any:
         """The configuration's value at a dotted name, None where it has none; "path" is the weights' path."""
         if at == "path":
-            return self.weights.as_posix()
+            return self.weights.absolute().as_posix()
         value: Any = self.record
         for name in at.split("."):
             if not isinstance(value, Mapping):
@@ -62,6 +62,9 @@ class Found:
             )
         return float(value)
 
+
+EMBEDDING = r"/embedding/width_[^/]+/[^/]+/params\.npz$"
+"""Where Gemma Scope keeps the autoencoders of the embeddings."""
 
 Fold = Callable[[State, Found], None]
 """Changes the weights in place."""
@@ -130,5 +133,5 @@ def dataset_norm(read: Callable[[Found], float]) -> Fold:
 
 def embedding_scale(state: State, found: Found) -> None:
     """Gemma multiplies embeddings by √d_in after the place where their autoencoders were trained."""
-    if re.search(r"(^|/)embedding/", found.weights.as_posix()):
+    if re.search(EMBEDDING, found.get("path")):
         scale_input(state, len(state["W_enc"]) ** -0.5)

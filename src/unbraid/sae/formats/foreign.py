@@ -1,9 +1,14 @@
-"""The table of foreign formats, one row a tool: their names for our tensors and settings."""
+"""The table of foreign formats, one row a tool: their names for our tensors and settings.
+
+Read from each tool's source: sparsify 1.3, dictionary_learning 0.1, OpenAI's sparse_autoencoder, OpenSAE and
+Llamascopium as of 2026 and lm-saes as of Llama Scope (2024); the others from how SAELens 6.54 reads them.
+"""
 
 from __future__ import annotations
 
 from unbraid.manifest.errors import UserError
 from unbraid.sae.formats.folds import (
+    EMBEDDING,
     Found,
     dataset_norm,
     decoder_norms,
@@ -86,9 +91,9 @@ GEMMA_SCOPE = Format(
     variants={"": Variant("jumprelu", OURS | THRESHOLD, centred=False, folds=(embedding_scale,))},
     fields={
         "site": (
-            Field("path", r"-res\b.*/layer_(\d+)/", r"layers.\1.resid_post"),
-            Field("path", r"-mlp\b.*/layer_(\d+)/", r"layers.\1.mlp_out"),
-            Field("path", r"/embedding/", "layers.0.resid_pre"),
+            Field("path", r"gemma-scope-[^/]*-res\b.*/layer_(\d+)/", r"layers.\1.resid_post"),
+            Field("path", r"gemma-scope-[^/]*-mlp\b.*/layer_(\d+)/", r"layers.\1.mlp_out"),
+            Field("path", EMBEDDING, "layers.0.resid_pre"),
         )
     },
 )
@@ -252,7 +257,7 @@ QWEN_SCOPE = Format(
         "": Variant("topk", OURS | {"W_enc": "W_enc.T", "W_dec": "W_dec.T"}, centred=False),
     },
     fields={
-        "k": (Field("path", r"-L0_(\d+)"),),
+        "k": (Field("path", r"SAE-Res-[^/]*-L0_(\d+)"),),
         "site": (Field("path", r"layer(\d+)\.sae\.pt$", r"layers.\1.resid_post"),),
         "model_name": (Field("path", r"SAE-Res-(.+?)-W\d+K-"),),
     },

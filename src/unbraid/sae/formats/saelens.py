@@ -103,8 +103,8 @@ def _fold_normalisation(state: State, record: dict[str, Any], folder: Path) -> N
         return
     if how not in (True, "expected_average_only_in"):
         raise UserError(
-            f"{folder / CONFIG}: normalize_activations is {how!r}, which no constant change of the weights "
-            "can do for it; such an autoencoder is not supported"
+            f"{folder / CONFIG}: normalize_activations is {how!r}, which is not one constant scale; such "
+            "an autoencoder is not supported"
         )
     if not (folder / SCALE).is_file():
         raise UserError(

@@ -134,6 +134,8 @@ def assemble(config: SAEConfig, state: State, path: Path, fold: Callable[[State]
                 f"{path}: {name} has shape {tuple(tensor.shape)} where {tuple(shapes[name])} is meant; "
                 "fetch or make it again"
             )
+        if tensor.isnan().any():
+            raise IntegrityError(f"{path}: {name} holds values that are not numbers; fetch or make it again")
     if fold is not None:
         fold(state)
     if "threshold" in state:
@@ -145,7 +147,7 @@ def assemble(config: SAEConfig, state: State, path: Path, fold: Callable[[State]
 def _variant(row: Format, found: Found) -> Variant:
     kind = found.get(row.kind) if row.kind else ""
     kind = row.default if kind is None else kind
-    if kind not in row.variants:
+    if not isinstance(kind, str) or kind not in row.variants:
         names = ", ".join(row.variants)
         raise UserError(
             f"{found.config}: {row.kind} is {kind!r}, which is not supported for {row.name}; it must be one "
