@@ -48,10 +48,10 @@ def test_saelens_reads_ours(random_sae: RandomSAE, architecture: str, tmp_path: 
     assert theirs.cfg.metadata.hook_name == "blocks.1.hook_resid_post"
 
 
-def _theirs(architecture: str) -> Any:
+def _theirs(architecture: str, **options: Any) -> Any:
     """A SAELens training SAE with random weights, whose decoder rows do not have unit length."""
     saes = pytest.importorskip("sae_lens.saes")
-    sizes = {"d_in": D_IN, "d_sae": D_SAE}
+    sizes = {"d_in": D_IN, "d_sae": D_SAE, **options}
     torch.manual_seed(0)
     if architecture == "topk":
         sae = saes.TopKTrainingSAE(saes.TopKTrainingSAEConfig(**sizes, k=K))
@@ -84,6 +84,44 @@ def test_ours_reads_what_saelens_trained(architecture: str, tmp_path: Path) -> N
     assert 0 < float((expected > 0).double().mean()) < 1
 
 
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        *[(a, {"apply_b_dec_to_input": False}) for a in ("topk", "batchtopk", "jumprelu", "standard")],
+        *[(a, {"rescale_acts_by_decoder_norm": r}) for a in ("topk", "batchtopk") for r in (True, False)],
+    ],
+)
+def test_options_that_change_the_codes_are_honoured(
+    architecture: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    sae_lens = pytest.importorskip("sae_lens", reason="the oracle of SAELens's format")
+    _theirs(architecture, **options).save_inference_model(str(tmp_path / "sae"))
+    _same_as(sae_lens.SAE.load_from_disk(tmp_path / "sae"), SAE.from_pretrained(tmp_path / "sae"))
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu", "standard"])
+@pytest.mark.parametrize("centred", [True, False])
+def test_a_stored_scale_is_folded_as_saelens_does(architecture: str, centred: bool, tmp_path: Path) -> None:
+    sae_lens = pytest.importorskip("sae_lens", reason="the oracle of SAELens's format")
+    scaler = pytest.importorskip("sae_lens.training.activation_scaler")
+    options = {"normalize_activations": "expected_average_only_in", "apply_b_dec_to_input": centred}
+    _theirs(architecture, **options).save_inference_model(str(tmp_path))
+    scaler.ActivationScaler(scaling_factor=0.37).save(str(tmp_path / "activation_scaler.json"))
+    theirs = sae_lens.SAE.load_from_disk(tmp_path)
+    assert theirs.cfg.normalize_activations == "expected_average_only_in"
+    theirs.fold_activation_norm_scaling_factor(0.37)
+    _same_as(theirs, SAE.from_pretrained(tmp_path))
+
+
+def _same_as(theirs: Any, ours: SAE) -> None:
+    x = _x()
+    with torch.no_grad():
+        expected = theirs.encode(x)
+        torch.testing.assert_close(ours.encode_dense(x), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours(x).x_hat, theirs(x), rtol=1e-5, atol=1e-5)
+    assert 0 < float((expected > 0).double().mean()) < 1
+
+
 def test_the_older_format_is_read(random_sae: RandomSAE, tmp_path: Path) -> None:
     sae = random_sae("topk")
     sae.save_pretrained(tmp_path)
@@ -109,6 +147,8 @@ def test_the_older_format_is_read(random_sae: RandomSAE, tmp_path: Path) -> None
     [
         ({"architecture": "gated"}, "'gated'"),
         ({"normalize_activations": "layer_norm"}, "layer_norm"),
+        ({"normalize_activations": "constant_norm_rescale"}, "constant_norm_rescale"),
+        ({"normalize_activations": "expected_average_only_in"}, "activation_scaler"),
         ({"d_in": None}, "d_in|int"),
     ],
 )

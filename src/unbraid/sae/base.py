@@ -174,11 +174,19 @@ class SAE(nn.Module, ABC):
         save(self, Path(folder))
 
     @staticmethod
-    def from_pretrained(folder: Path | str) -> SAE:
-        """Load what `save_pretrained` or SAELens wrote. Raises UserError when the folder holds none."""
-        from unbraid.sae.formats.saelens import load
+    def from_pretrained(
+        source: Path | str, subfolder: str = "", *, k: int | None = None, revision: str | None = None
+    ) -> SAE:
+        """Load an autoencoder that unbraid or another tool wrote (see `formats` for which).
 
-        return load(Path(folder))
+        `source` is a folder, a weights file where its format has one a layer, or owner/name on the Hugging
+        Face Hub, with `subfolder` in it and a `revision`. `k` is only for TopK files that do not say theirs.
+        Raises UserError when there is none of a known kind, and IntegrityError when it is damaged.
+        """
+        from unbraid.sae.formats.detect import detect
+        from unbraid.sae.formats.hub import locate
+
+        return detect(locate(source, subfolder, revision)).load(k)
 
 
 def encode_in_chunks(sae: SAE, x: Tensor, activation: nn.Module) -> SparseCodes:

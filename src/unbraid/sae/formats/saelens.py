@@ -8,25 +8,25 @@ here.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
-from torch import Tensor
 
 from unbraid.manifest.errors import IntegrityError, UserError
 from unbraid.manifest.files import write_bytes, write_json
+from unbraid.model.sites import Site
 from unbraid.sae.base import SAE, SAEConfig
-from unbraid.sae.registry import build
+from unbraid.sae.formats.files import read_json, read_safetensors
+from unbraid.sae.formats.folds import Found, State, scale_input, unit_decoder
+from unbraid.sae.formats.table import assemble
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
 THRESHOLDS = "thresholds.safetensors"
+SCALE = "activation_scaler.json"
+"""What a training checkpoint of SAELens keeps beside weights that expect scaled activations."""
 SAELENS_VERSION = "6.54.12"
 """The version whose format is written; its loader takes anything below 6 for the older format."""
 
@@ -74,31 +74,45 @@ def load(folder: Path) -> SAE:
     Raises UserError, naming the file and field, when the folder has none or it is of a kind that is not
     supported, and IntegrityError when a file is cut off or its tensors do not fit the configuration.
     """
-    record = _modern(_read_json(folder / CONFIG))
+    record = _modern(read_json(folder / CONFIG))
     config = _config(record, folder / CONFIG)
     form = FORMS[config.architecture]
-    weights = _read_tensors(folder / WEIGHTS)
+    weights = read_safetensors(folder / WEIGHTS)
     missing = [name for name in form.tensors if name not in weights]
     if missing:
         raise IntegrityError(f"{folder / WEIGHTS} lacks the tensor {missing[0]}; fetch or make it again")
     state = {name: weights[name].float() for name in form.tensors}
-    if record.get("rescale_acts_by_decoder_norm"):  # pre-activations times the norm: folded into the encoder
-        norms = state["W_dec"].norm(dim=1)
-        state["W_enc"], state["b_enc"] = state["W_enc"] * norms, state["b_enc"] * norms
-        state["W_dec"] = state["W_dec"] / norms[:, None]
     if "threshold" not in form.tensors and (folder / THRESHOLDS).is_file():
-        state["threshold"] = _read_tensors(folder / THRESHOLDS)["threshold"]
-    sae = build(config)
-    if "threshold" in state:
-        sae.register_buffer("threshold", torch.zeros(config.d_sae))
-    for name, tensor in sae.state_dict().items():
-        if tensor.shape != state[name].shape:
-            raise IntegrityError(
-                f"{folder / WEIGHTS}: {name} has shape {tuple(state[name].shape)} where {CONFIG} means "
-                f"{tuple(tensor.shape)}; fetch or make it again"
-            )
-    sae.load_state_dict(state)
-    return sae.requires_grad_(False)
+        state["threshold"] = read_safetensors(folder / THRESHOLDS)["threshold"]
+
+    def fold(state: State) -> None:
+        _fold_normalisation(state, record, folder)
+        if record.get("rescale_acts_by_decoder_norm"):
+            unit_decoder(state)
+
+    return assemble(config, state, folder / WEIGHTS, fold)
+
+
+def _fold_normalisation(state: State, record: dict[str, Any], folder: Path) -> None:
+    """Fold a constant scale of the input into the weights, as SAELens does at the end of training.
+
+    Raises UserError where the scale is not in the folder, and for normalisations that are not constant.
+    """
+    how = record.get("normalize_activations")
+    if how in (None, False, "none"):
+        return
+    if how not in (True, "expected_average_only_in"):
+        raise UserError(
+            f"{folder / CONFIG}: normalize_activations is {how!r}, which is not one constant scale; such "
+            "an autoencoder is not supported"
+        )
+    if not (folder / SCALE).is_file():
+        raise UserError(
+            f"{folder / CONFIG}: normalize_activations is {how!r} but {SCALE} with the scale is missing; "
+            "fold the scale into the weights with SAELens first"
+        )
+    scale = read_json(folder / SCALE)
+    scale_input(state, Found(folder / WEIGHTS, folder / SCALE, {}, scale).number("scaling_factor"))
 
 
 def _record(config: SAEConfig, form: Form) -> dict[str, Any]:
@@ -128,9 +142,11 @@ def _record(config: SAEConfig, form: Form) -> dict[str, Any]:
 
 
 def _hook_name(site: str) -> str:
-    from unbraid.model.sites import Site
-
-    return Site.parse(site).transformer_lens if site else ""
+    """TransformerLens' name of a site; a name that we do not know, from a foreign file, stays as it is."""
+    try:
+        return Site.parse(site).transformer_lens
+    except UserError:
+        return site
 
 
 def _config(record: dict[str, Any], path: Path) -> SAEConfig:
@@ -139,11 +155,6 @@ def _config(record: dict[str, Any], path: Path) -> SAEConfig:
     if theirs not in ours:
         raise UserError(
             f"{path}: architecture {theirs!r} is not supported; it must be one of {', '.join(ours)}"
-        )
-    if record.get("normalize_activations") not in (None, False, "none"):
-        raise UserError(
-            f"{path}: normalize_activations is {record['normalize_activations']!r}, which is not supported; "
-            "fold the normalisation into the weights first"
         )
     metadata = cast("dict[str, Any]", record.get("metadata") or {})
     known = {"model_name", "model_id", "site", "hook_name", "sae_lens_version"}
@@ -181,24 +192,3 @@ def _modern(record: dict[str, Any]) -> dict[str, Any]:
     record["metadata"] = {name: record[name] for name in names if name in record}
     record["metadata"].setdefault("hook_name", record.get("hook_point"))
     return record
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; give the folder of an autoencoder") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON; fetch or make the autoencoder again") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{path} is not a JSON object; fetch or make the autoencoder again")
-    return cast("dict[str, Any]", record)
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; fetch or make the autoencoder again") from error
-    except SafetensorError as error:
-        raise IntegrityError(f"{path} is cut off or damaged; fetch or make the autoencoder again") from error
