@@ -168,11 +168,11 @@ def _superposition(options: Superposition) -> None:
         write_text(partial / "superposition.html", render(recoveries, toys, command))
         write_json(partial / "summary.json", facts)
         write_manifest(partial, kind="superposition", command=command, seed=options.seed, inputs={}, facts={})
-    table = Table("active", "method", "matched cosine", "share > 0.9", "L0", "true L0", "FVU")
+    table = Table("true L0", "method", "cosine", "above 0.9", "L0", "FVU")
     for row in spread(recoveries):
         table.add_row(
-            str(row["active"]), row["method"], *map(_ranged, (row["cosine"], row["found"], row["l0"])),
-            f"{row['true_l0']['mean']:.2f}", _ranged(row["fvu"]),
+            f"{row['true_l0']['mean']:.2f}", row["method"],
+            *(_ranged(row[column]) for column in ("cosine", "found", "l0", "fvu")),
             end_section=row["method"] == "random rows",
         )  # fmt: skip
     Console().print(table)
