@@ -143,10 +143,12 @@ def train(
     adam = Adam(p)
     for step in range(steps):
         _, gradients = loss_and_gradients(p, draw(), k, l1, prefixes)
-        dW, W = gradients["W_dec"], p["W_dec"]
-        dW -= (dW * W).sum(1, keepdims=True) * W  # the part along a row would only change its length
+        slope, rows = gradients["W_dec"], p["W_dec"]  # (m, d) each
+        slope -= (slope * rows).sum(
+            1, keepdims=True
+        ) * rows  # the part along a row would only change its length
         adam.step(p, gradients, rate * min(1.0, 3 * (steps - step) / steps))
-        W /= np.linalg.norm(W, axis=1, keepdims=True)
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def match(D: Array, W_dec: Array) -> tuple[NDArray[np.intp], Array]:

@@ -119,7 +119,7 @@ def recover_all(seeds: Sequence[int], *, steps: int = 1000, progress: Progress) 
 
 def toy_models(seed: int) -> list[Toy]:
     """Five features in two dimensions at every density, the best of a few trainings each."""
-    importance = IMPORTANCE ** np.arange(5)
+    importance = np.array([IMPORTANCE**i for i in range(5)])
     toys: list[Toy] = []
     for density in DENSITIES:
         p, loss = train_best(np.random.default_rng(seed), 5, 2, density, importance)
