@@ -56,7 +56,7 @@ def several(
                 for site, m in zip(SITES, maps, strict=True)
             }
             numbers = torch.arange(len(rows), dtype=torch.int32) + shift
-            columns = {column: numbers for column in COLUMNS}
+            columns = {column: numbers.clone() for column in COLUMNS}
             save_file({**sites, **columns}, folder / f"shard-{shard:05d}.safetensors")
         (folder / "documents.jsonl").write_text('{"id": "a", "tokens": 1, "captured": 1}\n')
         facts = {"model": name, "sites": list(SITES), "d_in": 24, "tokens": len(x), "documents": 1}
@@ -75,7 +75,7 @@ def _fvu(sae: SAE, x: torch.Tensor, y: torch.Tensor) -> float:
 ONE_SITE = {
     "jumprelu": ({"l0": 0.1}, "jumprelu"),
     "jumprelu, tanh": ({"l0": 0.1, "penalty": "tanh", "through_encoder": True}, "jumprelu"),
-    "gated": ({"l1": 0.2}, "gated"),
+    "gated": ({"l1": 1.0}, "gated"),
     "matryoshka": ({"widths": (48,)}, "jumprelu"),
     "matching_pursuit": ({}, "matching_pursuit"),
     "lista": ({"iterations": 2}, "lista"),

@@ -13,7 +13,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -105,7 +104,7 @@ class ElementwiseSAE(SAE):
         error = target - (entries.decode(codes, self.W_dec) + self.b_dec + self.bypass(x))
         squared_error = error.square().sum()
         cost, other = self.loss(entries, codes, target)
-        (cast(Tensor, squared_error + context.ramp * cost + other) / numel).backward()
+        ((squared_error + context.ramp * cost + other) / numel).backward()
         on = codes.detach() > 0
         if entries.latents is None:
             fired = on.any(dim=0)

@@ -67,7 +67,7 @@ class JumpReLUSAE(ElementwiseSAE):
     against_death = "a larger --set pre_act"
     latent_axes: ClassVar[Mapping[str, int]] = {**SAE.latent_axes, "threshold": 0}
 
-    threshold: Tensor
+    threshold: Tensor  # pyright: ignore[reportIncompatibleVariableOverride]  (here there always is one)
 
     def __init__(self, config: SAEConfig) -> None:
         super().__init__(config)
