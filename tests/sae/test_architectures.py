@@ -74,7 +74,7 @@ def test_input_is_not_centred_where_the_configuration_says_so(random_sae: Random
     torch.testing.assert_close(plain.encode_dense(x), (x @ sae.W_enc + sae.b_enc).relu())
 
 
-@pytest.mark.parametrize("architecture", ["relu", "jumprelu"])
+@pytest.mark.parametrize("architecture", ["relu", "jumprelu", "gated"])
 @pytest.mark.parametrize(("operation", "value"), [("clamp", 3.0), ("scale", 0.25), ("ablate", 0.0)])
 def test_an_edit_does_what_encode_set_decode_does(
     random_sae: RandomSAE, architecture: str, operation: str, value: float

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from unbraid.manifest.errors import IntegrityError, UserError
-from unbraid.sae.base import SAE
+from unbraid.sae.base import SAE, SAEConfig
+from unbraid.sae.registry import build
 
 RandomSAE = Callable[..., SAE]
 D_IN, D_SAE, K = 12, 64, 4
@@ -38,7 +39,8 @@ def test_what_is_saved_is_loaded(random_sae: RandomSAE, architecture: str, tmp_p
 def test_saelens_reads_ours(random_sae: RandomSAE, architecture: str, tmp_path: Path) -> None:
     sae_lens = pytest.importorskip("sae_lens")
     sae = random_sae(architecture)
-    sae.register_buffer("threshold", sae.threshold if architecture == "jumprelu" else torch.ones(D_SAE))
+    if architecture != "jumprelu":
+        sae.register_buffer("threshold", torch.ones(D_SAE))
     sae.save_pretrained(tmp_path / "sae")
     theirs = sae_lens.SAE.load_from_disk(tmp_path / "sae")
     x = _x()
@@ -46,6 +48,57 @@ def test_saelens_reads_ours(random_sae: RandomSAE, architecture: str, tmp_path: 
         torch.testing.assert_close(theirs.encode(x), sae.encode_dense(x), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(theirs(x), sae(x).x_hat, rtol=1e-5, atol=1e-5)
     assert theirs.cfg.metadata.hook_name == "blocks.1.hook_resid_post"
+
+
+KINDS = {
+    "gated": SAEConfig("gated", D_IN, D_SAE, site="layers.1.resid_post"),
+    "matching_pursuit": SAEConfig("matching_pursuit", D_IN, D_SAE, 6, site="layers.1.resid_post"),
+    "jumprelu_transcoder": SAEConfig(
+        "jumprelu_transcoder", D_IN, D_SAE, d_out=7, site="layers.1.resid_mid", target_site="layers.1.mlp_out"
+    ),
+    "jumprelu_skip_transcoder": SAEConfig("jumprelu_skip_transcoder", D_IN, D_SAE, d_out=7),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_saelens_and_we_read_the_same_of_the_rarer_kinds(name: str, tmp_path: Path) -> None:
+    sae_lens = pytest.importorskip("sae_lens")
+    sae = build(KINDS[name])
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in sae.parameters():
+            value.copy_(torch.randn(value.shape, generator=generator) / 2)
+        sae.constrain()
+    sae.save_pretrained(tmp_path / "ours")
+    theirs = sae_lens.SAE.load_from_disk(tmp_path / "ours")
+    theirs.save_model(tmp_path / "theirs")
+    x = _x()
+    for ours in (SAE.from_pretrained(tmp_path / "ours"), SAE.from_pretrained(tmp_path / "theirs")):
+        with torch.no_grad():
+            torch.testing.assert_close(theirs.encode(x), ours.encode_dense(x), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(theirs(x), ours(x).x_hat, rtol=1e-4, atol=1e-4)
+        assert ours.config.architecture == name and ours.config.k == sae.config.k
+    assert 0 < float((theirs.encode(x) > 0).double().mean()) < 1
+
+
+@pytest.mark.parametrize("name", ["transcoder", "skip_transcoder"])
+def test_a_transcoder_without_thresholds_is_read(name: str, tmp_path: Path) -> None:
+    """Theirs fires above 0."""
+    transcoder = pytest.importorskip("sae_lens.saes.transcoder")
+    kinds = {
+        "transcoder": (transcoder.Transcoder, transcoder.TranscoderConfig),
+        "skip_transcoder": (transcoder.SkipTranscoder, transcoder.SkipTranscoderConfig),
+    }
+    kind, config = kinds[name]
+    theirs = kind(config(d_in=D_IN, d_sae=D_SAE, d_out=7, apply_b_dec_to_input=False))
+    torch.manual_seed(0)
+    for value in theirs.parameters():
+        value.data = torch.randn(value.shape) / 2
+    theirs.save_model(tmp_path)
+    ours, x = SAE.from_pretrained(tmp_path), _x()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.encode(x), ours.encode_dense(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(theirs(x), ours(x).x_hat, rtol=1e-5, atol=1e-5)
 
 
 def _theirs(architecture: str, **options: Any) -> Any:
@@ -145,7 +198,7 @@ def test_the_older_format_is_read(random_sae: RandomSAE, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"architecture": "gated"}, "'gated'"),
+        ({"architecture": "temporal"}, "'temporal'"),
         ({"normalize_activations": "layer_norm"}, "layer_norm"),
         ({"normalize_activations": "constant_norm_rescale"}, "constant_norm_rescale"),
         ({"normalize_activations": "expected_average_only_in"}, "activation_scaler"),

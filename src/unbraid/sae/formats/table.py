@@ -127,7 +127,7 @@ def assemble(config: SAEConfig, state: State, path: Path, fold: Callable[[State]
     """
     sae = build(config)
     shapes = {name: tensor.shape for name, tensor in sae.state_dict().items()}
-    shapes["threshold"] = sae.b_enc.shape
+    shapes.setdefault("threshold", torch.Size([config.d_sae]))
     for name, tensor in state.items():
         if tensor.shape != shapes[name]:
             raise IntegrityError(
@@ -138,7 +138,7 @@ def assemble(config: SAEConfig, state: State, path: Path, fold: Callable[[State]
             raise IntegrityError(f"{path}: {name} holds values that are not numbers; fetch or make it again")
     if fold is not None:
         fold(state)
-    if "threshold" in state:
+    if "threshold" in state and "threshold" not in sae.state_dict():
         sae.register_buffer("threshold", torch.zeros(config.d_sae))
     sae.load_state_dict(state)
     return sae.requires_grad_(False)
