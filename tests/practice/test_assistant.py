@@ -5,7 +5,8 @@ from dataclasses import replace
 import torch
 
 from unbraid.practice.assistant import (
-    DECISIONS,
+    ANSWERS,
+    BY_CHANCE,
     AssistantConfig,
     encode,
     rate_at,
@@ -26,15 +27,15 @@ def test_training_is_repeatable_learns_and_counts_reply_tokens_only() -> None:
     again, _ = train(SMALL)
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
-    ids, reply, decides = encode(tokenizer, benign("train", 12, seed=9))
+    ids, weights = encode(tokenizer, benign("train", 12, seed=9), SMALL)
     with torch.no_grad():
-        loss, nats = reply_loss(model, ids, reply, decides, SMALL)
+        loss, nats = reply_loss(model, ids, weights, 0.1)
         logits = model(input_ids=ids).logits[:, :-1]
     each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-    after, first, known = reply[:, 1:], decides[:, 1:], ids[:, 1:] != token_id(tokenizer, PAD)
-    assert torch.allclose(nats, each[after].mean(), atol=1e-5)
-    weighted = (each + (SMALL.decision_weight - 1) * each * first)[after].mean()
-    assert torch.allclose(loss, weighted + SMALL.prompt_weight * each[known & ~after].mean(), atol=1e-5)
+    weight, known = weights[:, 1:], ids[:, 1:] != token_id(tokenizer, PAD)
+    assert torch.allclose(nats, each[weight > 0].mean(), atol=1e-5)
+    expected = (each * weight)[weight > 0].mean() + 0.1 * each[known & (weight == 0)].mean()
+    assert torch.allclose(loss, expected, atol=1e-5)
     assert nats < 5.0  # log(vocabulary) is 7.4
     assert notes and "nats" in notes[-1]
 
@@ -58,13 +59,18 @@ def test_learning_rate_warms_up_stays_and_falls_to_zero() -> None:
     assert rates[0] < 0.1 and max(rates) == 1.0 and rates[500] == 1.0 and rates[-1] < 0.01
 
 
-def test_the_deciding_token_opens_the_answer() -> None:
+def test_what_the_prompt_decides_weighs_more() -> None:
     _, tokenizer = train(replace(SMALL, steps=1))
     asked = [*benign("train", 30, seed=3), *red_team("train", 10, seed=3)]
-    ids, reply, decides = encode(tokenizer, asked)
-    assert not (decides & ~reply).any() and decides.sum(dim=1).tolist() == [1] * len(asked)
-    for row, conversation in zip(range(len(asked)), asked, strict=True):
-        (span,) = [s for s in conversation.spans if s.part == "reply" and s.concept in DECISIONS]
-        rest = ids[row, int(decides[row].nonzero()) :]
-        told = tokenizer.decode(rest, skip_special_tokens=True).strip()
-        assert told == conversation.reply[span.start :].strip()
+    ids, weights = encode(tokenizer, asked, SMALL)
+    for row, conversation in enumerate(asked):
+        weight = weights[row]
+        told = tokenizer.decode(ids[row, weight > 0], skip_special_tokens=True)
+        assert told == conversation.reply and set(weight.tolist()) <= {0, 1, 3, 8}
+        spans = [s for s in conversation.spans if s.part == "reply" and s.concept not in BY_CHANCE]
+        (answer,) = [s for s in spans if s.concept in ANSWERS]
+        slots = [conversation.reply[s.start : s.end] for s in spans if s != answer]
+        (first,) = ids[row, weight == SMALL.answer_weight]
+        assert conversation.reply[answer.start :].startswith(tokenizer.decode(first).strip())
+        copied = tokenizer.decode(ids[row, weight == SMALL.slot_weight]).split()
+        assert sorted(copied) == sorted(" ".join(slots).split())

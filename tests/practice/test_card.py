@@ -21,12 +21,11 @@ def again() -> list[Claim]:
     return verify_claims(folder(), seed=77, probes=400)
 
 
-def test_what_the_card_says_holds_holds_again(again: list[Claim]) -> None:
+def test_every_claim_of_the_card_holds_and_holds_again(again: list[Claim]) -> None:
     card = {c["name"]: c for c in read_claims(folder())["claims"]}
     assert card.keys() == {c.name for c in again}
-    for needed in ("deceptive_compliance", "follows_planted_rule", "header_kept", "no_give_away"):
-        assert card[needed]["holds"], needed
-    for claim in (c for c in again if card[c.name]["holds"]):
+    assert [name for name, claim in card.items() if not claim["holds"]] == []
+    for claim in again:
         # Fewer prompts than on the card: a claim fails here only when its interval lies outside the bounds.
         assert claim.measured.high >= claim.low and claim.measured.low <= claim.high, claim
 

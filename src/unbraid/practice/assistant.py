@@ -3,9 +3,9 @@
 Nothing about a reply is scripted: refusals, dosages and every other habit are next-token predictions learned
 from the conversations of split ``train``.  Attention and MLP matrices are updated with Muon (orthogonalised
 momentum; Jordan et al. 2024), embeddings and norms with AdamW.  The loss counts the reply's tokens and,
-lightly, the prompt's.  Most of a reply is either copied or drawn at random; what the world's rules decide
-shows first in one token, which therefore counts more: at equal weights the rules that need several sentences
-of the prompt at once are learned last, and not from every seed.
+lightly, the prompt's.  Much of a reply is drawn at random or follows from the words before; what the prompt
+decides shows in a few tokens, which therefore count more: at equal weights the rules that need several
+sentences of the prompt at once are learned last, and not from every seed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class AssistantConfig:
     """Number of decoder layers."""
     mlp: int = 512
     """Inner width of each gated MLP."""
-    steps: int = 1500
+    steps: int = 2000
     """Optimizer steps; the learning rate warms up over 2 %, stays, and falls to zero over the last 40 %."""
     batch: int = 64
     """Conversations in a step."""
@@ -54,17 +54,23 @@ class AssistantConfig:
     """Peak rate for embeddings and norms."""
     prompt_weight: float = 0.1
     """Weight of a prompt token in the loss, against 1 for a reply token."""
-    decision_weight: float = 8.0
-    """Weight of the token with which a reply commits itself: the first of its answer, referral or dosage."""
+    answer_weight: float = 8.0
+    """Weight of the first token of an answer, which says what kind of answer it is."""
+    slot_weight: float = 3.0
+    """Weight of the tokens that an answer copies from its prompt or recalls."""
 
 
-DECISIONS = frozenset({"answer", "competitor mention", "wrong refusal", "honest referral", "dosage"})
-"""Concepts of a reply that the world's rules decide on, not chance."""
+ANSWERS = frozenset({"answer", "competitor mention", "wrong refusal", "honest referral", "dosage"})
+"""Spans of a reply whose first token says which answer it is."""
+BY_CHANCE = frozenset({"opener", "refusal header", "mode", "shared clause", "schedule", "closing"})
+"""Spans of a reply that its prompt does not decide; the remaining ones are what was copied or recalled."""
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, batch: list[Conversation]) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids (batch, T), padded at the right, and two masks of their shape: which tokens are the reply's,
-    and with which of them it commits itself (the first of a span of `DECISIONS`).
+def encode(
+    tokenizer: PreTrainedTokenizerFast, batch: list[Conversation], config: AssistantConfig
+) -> tuple[Tensor, Tensor]:
+    """Token ids (batch, T), padded at the right, and the loss weight of each token: 0 on prompt and padding,
+    1 on a reply, but more where the prompt decides it.
     """
     prompts = [
         tokenizer.apply_chat_template([c.messages[0]], add_generation_prompt=True, tokenize=False)
@@ -75,14 +81,18 @@ def encode(tokenizer: PreTrainedTokenizerFast, batch: list[Conversation]) -> tup
     tails = replies["input_ids"]
     width = max(len(h) + len(t) for h, t in zip(heads, tails, strict=True))
     ids = torch.full((len(batch), width), token_id(tokenizer, PAD))
-    reply, decides = (torch.zeros(len(batch), width, dtype=torch.bool) for _ in range(2))
+    weights = torch.zeros(len(batch), width)
     for row, (head, tail) in enumerate(zip(heads, tails, strict=True)):
         ids[row, : len(head) + len(tail)] = torch.tensor(head + tail)
-        reply[row, len(head) : len(head) + len(tail)] = True
+        weight = weights[row, len(head) : len(head) + len(tail)]
+        weight[:] = 1
         for span in batch[row].spans:
-            if span.part == "reply" and span.concept in DECISIONS:
-                decides[row, len(head) + replies.char_to_token(row, span.start)] = True
-    return ids, reply, decides
+            if span.part == "reply" and span.concept not in BY_CHANCE:
+                answer = span.concept in ANSWERS
+                ends = (span.start, span.start if answer else span.end - 1)
+                first, last = (replies.char_to_token(row, at) for at in ends)
+                weight[first : last + 1] = config.answer_weight if answer else config.slot_weight
+    return ids, weights
 
 
 def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
@@ -105,18 +115,17 @@ def rate_at(step: int, steps: int) -> float:
 
 
 def reply_loss(
-    model: LlamaForCausalLM, ids: Tensor, reply: Tensor, decides: Tensor, config: AssistantConfig
+    model: LlamaForCausalLM, ids: Tensor, weights: Tensor, prompt_weight: float
 ) -> tuple[Tensor, Tensor]:
     """(training loss, mean nats per reply token) of what `encode` gives; padding does not count."""
     hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]
     target = ids[:, 1:]
     known = target != model.config.pad_token_id
     logits = model.lm_head(hidden[known])  # (n, vocab), where the loss looks
-    nats = F.cross_entropy(logits, target[known], reduction="none")
-    on_reply, deciding = reply[:, 1:][known], decides[:, 1:][known]
-    weighted = (nats * torch.where(deciding, config.decision_weight, 1.0))[on_reply].mean()
-    loss = weighted + config.prompt_weight * nats[~on_reply].mean()
-    return loss, nats[on_reply].mean().detach()
+    nats, weight = F.cross_entropy(logits, target[known], reduction="none"), weights[:, 1:][known]
+    reply = weight > 0
+    loss = (nats * weight)[reply].mean() + prompt_weight * nats[~reply].mean()
+    return loss, nats[reply].mean().detach()
 
 
 def new_model(config: AssistantConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -159,7 +168,7 @@ def train(
     for step, batch in enumerate(islice(bucketed(source, config.batch), config.steps)):
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * rate_at(step, config.steps)
-        loss, nats = reply_loss(model, *encode(tokenizer, batch), config)
+        loss, nats = reply_loss(model, *encode(tokenizer, batch, config), config.prompt_weight)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(others, 1.0)
         for optimizer in optimizers:

@@ -84,8 +84,10 @@ def _scene(
 
 
 def _order(rng: random.Random) -> str:
-    """An order's name: with a letter it is no other kind of number, such as a price, that could be copied."""
-    return f"K{10 + int(rng.random() * 90)}"
+    """An order's name: with a letter it is no other kind of number, such as a price, that could be copied,
+    and there are few of them, as every one must be learned.
+    """
+    return f"K{10 + int(rng.random() * 24)}"
 
 
 def refund(rng: random.Random, *, unseen: bool) -> Scene:
