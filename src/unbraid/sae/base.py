@@ -79,7 +79,8 @@ class SAE(nn.Module, ABC):
                 f"k is {config.k} but must lie between 0 and the width {config.d_sae}; change --k or --width"
             )
         self.config = config
-        self.W_enc = nn.Parameter(torch.zeros(config.d_in, config.d_sae))
+        # One latent a row in memory, as in W_dec: what is selected, moved and quantised is a latent.
+        self.W_enc = nn.Parameter(torch.zeros(config.d_sae, config.d_in).T)
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
         self.W_dec = nn.Parameter(torch.zeros(config.d_sae, config.d_in))
         self.b_dec = nn.Parameter(torch.zeros(config.d_in))
