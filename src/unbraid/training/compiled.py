@@ -1,4 +1,4 @@
-"""A training step on the processor in compiled loops: what plain PyTorch does densely, done where codes are not 0.
+"""A training step on the processor in compiled loops that touch only the entries where codes are not 0.
 
 Per batch of n activations x (n, d_in), with F = d_sae latents of which k fire:
 
@@ -9,8 +9,8 @@ Per batch of n activations x (n, d_in), with F = d_sae latents of which k fire:
 3. *Update.* Entries grouped by latent; then for each latent, in one pass over its rows of every matrix: both
    gradients, decoder-norm projection, Adam, normalisation, int8 copy for the next screen.
 
-Steps 1 and 2 run over chunks of rows, 3 over ranges of latents, on as many threads as torch has; no sum crosses
-a chunk, so the result does not depend on the number of threads. The loops are `sae.kernels.loops`.
+Steps 1 and 2 run over chunks of rows, 3 over ranges of latents, on as many threads as torch has; no sum
+crosses a chunk, so the result does not depend on the number of threads. The loops are `sae.kernels.loops`.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ class CompiledStep:
         )
 
     def _encode(self, x: Tensor, b_enc: F32, latents: NDArray[np.int32], values: F32) -> None:
-        """Fill latents and values (m, k) with the codes of centred activations x (m, d), values at least 0."""
+        """Fill latents and values (m, k) with the codes of centred activations x (m, d)."""
         m, d = x.shape
         if self.precision == "int8":
             rough, scale = torch.empty(m, d, dtype=torch.int8), np.empty(m, np.float32)
@@ -200,7 +200,7 @@ class CompiledStep:
         np.maximum(values, 0, out=values)
 
     def _room(self, rows: int) -> Tensor:
-        """This thread's own (rows, F) int32, made once: the pages of a fresh one cost more than filling it."""
+        """This thread's own (rows, F) int32, made once: a fresh one's pages cost more than filling it."""
         kept = getattr(self.local, "product", None)
         if kept is None:
             kept = self.local.product = torch.empty(CHUNK_ROWS, self.sae.config.d_sae, dtype=torch.int32)

@@ -1,10 +1,11 @@
 """Compiled loops over rows of activations and over latents (Numba; no compiler is needed where it runs).
 
-Each function is sequential, releases the interpreter's lock and writes only into what it is given for its own
-rows or latents, so any number of threads may run it side by side and the result does not depend on how many.
+Each function is sequential, releases the interpreter's lock and writes only into what it is given for its
+own rows or latents, so any number of threads may run it side by side and the result does not depend on how
+many.
 
-Sizes: n rows of a batch, d = d_in, F = d_sae. Codes are rows of entries: row i's are `starts[i]:starts[i + 1]`
-of `latents` and `values`.
+Sizes: n rows of a batch, d = d_in, F = d_sae. Codes are rows of entries: those of row i are
+starts[i]:starts[i + 1] of `latents` and `values`.
 """
 
 # pyright: reportUnusedFunction=false

@@ -30,11 +30,10 @@ def weight_gradients(
 
     Entries of value 0 did not fire and have no part in any of them.
     """
-    n, d = x.shape
     fired = values != 0
 
     def spread(entries: Tensor) -> Tensor:
-        return x.new_zeros(n, d_sae).scatter_add(1, latents.long(), entries * fired)
+        return x.new_zeros(len(x), d_sae).scatter_add(1, latents.long(), entries * fired)
 
     return spread(gradient).T @ x, spread(gradient).sum(dim=0), spread(values).T @ error
 
