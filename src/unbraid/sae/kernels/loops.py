@@ -150,6 +150,90 @@ def top_k_screened(
 
 
 @_compiled
+def above_screened(
+    product: I32,
+    row_scale: F32,
+    latent_scale: F32,
+    x: F32,
+    W: F32,
+    bias: F32,
+    edge: F32,
+    slack: F32,
+    counts: I64,
+    latents: I32,
+    values: F32,
+) -> int:
+    """The entries whose pre-activation exceeds edge (F,), looked for by a rough product that may be off by
+    slack (n,) in each row; other arguments as in `top_k_screened`.
+
+    Writes them row after row, latents rising, into latents and values (both of one length), and how many
+    each row has into counts (n,). Returns their number, or −1 where they do not fit.
+    """
+    n, F = product.shape
+    groups = max(F // 32, 1)
+    score, best = np.empty(F, np.float32), np.empty(groups, np.float32)
+    below = bias - edge
+    found = 0
+    for i in range(n):
+        unit = np.float32(1) / row_scale[i]
+        _score(product[i], latent_scale, below, unit, score, best)
+        bar = -slack[i] * unit
+        start = found
+        # Latents in order: one pass over the groups' members at each offset, where any group is near.
+        for offset in range(0, F, groups):
+            for g in range(min(groups, F - offset)):
+                if best[g] > bar and score[offset + g] > bar:
+                    j = offset + g
+                    exact = _dot(x[i], W[j]) + bias[j]
+                    if exact > edge[j]:
+                        if found == len(latents):
+                            return -1
+                        latents[found] = j
+                        values[found] = exact
+                        found += 1
+        counts[i] = found - start
+    return found
+
+
+@_compiled
+def weighted_rows(latents: I64, weights: F32, table: F32, out: F32) -> None:
+    """out[i] = Σ weights[i, s] · table[latents[i, s]]; latents and weights: (n, k), out: (n, d)."""
+    n, k = latents.shape
+    for i in range(n):
+        row = out[i]
+        row[:] = 0
+        for s in range(k):
+            weight = weights[i, s]
+            if weight != 0:
+                other = table[latents[i, s]]
+                for c in range(len(row)):
+                    row[c] += weight * other[c]
+
+
+@_compiled
+def row_products(latents: I64, rows: F32, table: F32, out: F32) -> None:
+    """out[i, s] = rows[i] · table[latents[i, s]]; latents and out: (n, k), rows: (n, d)."""
+    n, k = latents.shape
+    for i in range(n):
+        for s in range(k):
+            out[i, s] = _dot(rows[i], table[latents[i, s]])
+
+
+@_compiled
+def sums_by_latent(
+    begin: int, end: int, first: I64, rows: I32, entries: I32, weights: F32, table: F32, out: F32
+) -> None:
+    """out[j] = Σ weight · table[row] over the entries of each latent begin … end − 1; out: (F, d)."""
+    for j in range(begin, end):
+        mine = out[j]
+        mine[:] = 0
+        for p in range(first[j], first[j + 1]):
+            weight, row = weights[entries[p]], table[rows[p]]
+            for c in range(len(mine)):
+                mine[c] += weight * row[c]
+
+
+@_compiled
 def decode_and_compare(
     starts: I64,
     latents: I32,
