@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from unbraid.sae.base import SAE, SAEConfig
 from unbraid.sae.kernels.cpu import Precision
-from unbraid.sae.objective import StepContext, StepReport
+from unbraid.sae.objective import StepContext
 from unbraid.sae.registry import build
 from unbraid.training.adam import Adam
 from unbraid.training.compiled import CompiledStep
+from unbraid.training.step import PlainStep, stepper
 
 
 def _sae(d: int, F: int, k: int, seed: int = 0, centred: bool = True) -> SAE:
@@ -25,17 +26,6 @@ def _sae(d: int, F: int, k: int, seed: int = 0, centred: bool = True) -> SAE:
             weight.copy_(torch.randn(weight.shape, generator=generator) / 2)
         sae.constrain()
     return sae
-
-
-def _plain(
-    sae: SAE, adam: Adam, x: torch.Tensor, target: torch.Tensor, context: StepContext, number: int
-) -> StepReport:
-    adam.zero_grad()
-    report = sae.backward(x, target, context)
-    sae.constrain_gradient()
-    adam.step(number, 1e-2)
-    sae.constrain()
-    return report
 
 
 @pytest.mark.parametrize("precision", ["int8", "float32"])
@@ -52,7 +42,7 @@ def test_a_run_of_steps_is_the_plain_one(precision: Precision, centred: bool) ->
         target = x if number % 2 else x.roll(1, dims=1).contiguous()
         dead = torch.arange(F) < (0 if number < 3 else 4 if number < 5 else 40)
         context = StepContext(dead, auxk_alpha=0.1)
-        wanted = _plain(plain, adam, x, target, context, number)
+        wanted = PlainStep(plain, adam).step(x, target, context, number, 1e-2)
         found = step.step(x, target, context, number, 1e-2)
         assert float(found.squared_error) == pytest.approx(float(wanted.squared_error), rel=1e-4)
         assert int(found.active) == int(wanted.active) and torch.equal(found.fired, wanted.fired)
@@ -71,7 +61,7 @@ def test_one_step_of_any_size(n: int, d: int, F: int, k: int, seed: int) -> None
     x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed + 1))
     context = StepContext(torch.zeros(F, dtype=torch.bool))
     adam = Adam(plain)
-    wanted = _plain(plain, adam, x, x, context, 1)
+    wanted = PlainStep(plain, adam).step(x, x, context, 1, 1e-2)
     step = CompiledStep(fast, Adam(fast), precision="float32")
     found = step.step(x, x, context, 1, 1e-2)
     assert float(found.squared_error) == pytest.approx(float(wanted.squared_error), rel=1e-3, abs=1e-4)
@@ -115,3 +105,6 @@ def test_other_architectures_are_left_to_pytorch() -> None:
     assert not CompiledStep.serves(build(SAEConfig("relu", 4, 8)))
     assert not CompiledStep.serves(build(SAEConfig("batchtopk", 4, 8, 2)))
     assert not CompiledStep.serves(_sae(4, 8, 2).double())
+    sae = _sae(4, 8, 2)
+    assert isinstance(stepper(sae, Adam(sae)), CompiledStep)
+    assert isinstance(stepper(sae, Adam(sae), "plain"), PlainStep)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from unbraid.manifest.errors import UserError
 from unbraid.sae.options import check_options
 from unbraid.sae.registry import architecture
+from unbraid.training.step import Kernels
 
 
 def _none() -> Mapping[str, Any]:
@@ -43,7 +44,7 @@ class TrainOptions:
     """Steps between checkpoints."""
     log_every: int = 50
     """Steps summed up in one line of log.jsonl."""
-    kernels: Literal["auto", "plain"] = "auto"
+    kernels: Kernels = "auto"
     """auto: a whole step in compiled loops, for the architectures that have one; plain: PyTorch's own."""
     threads: int | None = None
     """CPU threads, by default what torch uses now; recorded, because sums of floats depend on it."""

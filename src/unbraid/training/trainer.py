@@ -33,11 +33,11 @@ from unbraid.sae.scaling import Scaling
 from unbraid.training.adam import Adam
 from unbraid.training.calibrate import calibrate
 from unbraid.training.checkpoint import FILE, Checkpoint
-from unbraid.training.compiled import CompiledStep
 from unbraid.training.config import TrainConfig
 from unbraid.training.revival import DeadWatch, resample
 from unbraid.training.schedule import ramp, rate
 from unbraid.training.sources import Names, Sources, choose_sources, names
+from unbraid.training.step import stepper
 
 KIND = "sae"
 LOG = "log.jsonl"
@@ -101,9 +101,7 @@ class Run:
         self.scaling, self.target_scaling = _measure(sources, config.seed)
         self.sae = self._initialised()
         self.optimizer = Adam(self.sae)
-        self.compiled: CompiledStep | None = None
-        if config.kernels == "auto" and CompiledStep.serves(self.sae):
-            self.compiled = CompiledStep(self.sae, self.optimizer)
+        self.stepper = stepper(self.sae, self.optimizer, config.kernels)
         self.step = 0
         self.silent = torch.zeros(config.d_sae, dtype=torch.int64)  # tokens since each latent last fired
         self.sums = torch.zeros(
@@ -152,19 +150,12 @@ class Run:
 
     def _one_step(self, x: Tensor, target: Tensor) -> None:
         """One batch of scaled activations, (n, d_in), and what to reconstruct, (n, d_out)."""
-        config, sae = self.config, self.sae
-        self.optimizer.zero_grad()
+        config = self.config
         dead = self.silent >= config.dead_after
         ramped = ramp(self.step, config.steps, config.warmup_share)
         context = StepContext(dead, ramped, config.auxk_alpha)
         lr = config.peak_lr * rate(self.step, config.steps, config.warmup_share, config.decay_share)
-        if self.compiled is not None:
-            report = self.compiled.step(x, target, context, self.step + 1, lr)
-        else:
-            report = sae.backward(x, target, context)
-            sae.constrain_gradient()
-            self.optimizer.step(self.step + 1, lr)
-            sae.constrain()
+        report = self.stepper.step(x, target, context, self.step + 1, lr)
         self._count(target, report)
         self.step += 1
         if config.resample_every and self.step % config.resample_every == 0:
@@ -177,13 +168,8 @@ class Run:
             # A seed of the step's own, so that a resumed run draws the same.
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
             resample(self.sae, self.optimizer, x, target, dead, generator)
-            self._refresh()
+            self.stepper.refresh()
             self.silent[dead] = 0
-
-    def _refresh(self) -> None:
-        """Weights were changed outside of a step."""
-        if self.compiled is not None:
-            self.compiled.refresh()
 
     def _count(self, target: Tensor, report: StepReport) -> None:
         self.silent += len(target)
@@ -237,7 +223,7 @@ class Run:
             )
         self.sae.load_state_dict({name: checkpoint.tensors[name] for name in self.sae.state_dict()})
         self.optimizer.restore(checkpoint.tensors)
-        self._refresh()
+        self.stepper.refresh()
         self.silent, self.sums = checkpoint.tensors["silent"].clone(), checkpoint.tensors["sums"].clone()
         self.step, self.log_bytes = checkpoint.facts["step"], checkpoint.facts["log_bytes"]
         self.watch = DeadWatch(**checkpoint.facts["watch"])

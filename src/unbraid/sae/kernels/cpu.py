@@ -24,6 +24,9 @@ F32, I32, I64 = NDArray[np.float32], NDArray[np.int32], NDArray[np.int64]
 Precision = Literal["int8", "float32"]
 CHUNK_ROWS = 512
 """Rows whose dense products exist at the same time, for each thread."""
+NARROW = 16
+"""Width below which the product is in float32: nothing is to gain, and torch 2.13 multiplies int8 matrices
+with an inner size of 1 wrongly where the second is transposed."""
 PARTS = 64
 """Ranges of about equal work that the latents are split into."""
 ROW_COST = 6
@@ -90,8 +93,10 @@ class Screen:
 
     def __init__(self, W_enc: F32, b_enc: F32, kind: Precision | None = None) -> None:
         """W_enc: (F, d), one latent a row; b_enc: (F,)."""
-        self.W_enc, self.b_enc, self.kind = W_enc, b_enc, kind or precision()
         F, d = W_enc.shape
+        self.W_enc, self.b_enc, self.kind = W_enc, b_enc, kind or precision()
+        if d < NARROW:
+            self.kind = "float32"
         self.shadow, self.unit = torch.empty(F, d, dtype=torch.int8), np.ones(F, np.float32)
         self.local = threading.local()
         if self.kind == "int8":
@@ -105,23 +110,23 @@ class Screen:
     def top_k(self, x: Tensor, latents: I32, values: F32) -> None:
         """Fill latents and values (m, k) with the k largest pre-activations of x (m, d), m ≤ CHUNK_ROWS."""
         k, F = latents.shape[1], len(self.b_enc)
-        product, scale = self.product(x)
+        product, scale, unit = self.product(x)
         loops.top_k_screened(
-            product.numpy(), scale, self.unit, x.numpy(), self.W_enc, self.b_enc, min(F, k + k // 2 + 8),
+            product.numpy(), scale, unit, x.numpy(), self.W_enc, self.b_enc, min(F, k + k // 2 + 8),
             latents, values,
         )  # fmt: skip
 
-    def product(self, x: Tensor) -> tuple[Tensor, F32]:
-        """Roughly x W_encᵀ, (m, F), in units of `unit` of each latent times the returned scale (m,)."""
+    def product(self, x: Tensor) -> tuple[Tensor, F32, F32]:
+        """Roughly x W_encᵀ, (m, F), and its units: one for each row (m,) times one for each latent (F,)."""
         m, d = x.shape
         scale = np.ones(m, np.float32)
         if self.kind == "float32":
-            return x @ torch.from_numpy(self.W_enc).T, scale
+            return x @ torch.from_numpy(self.W_enc).T, scale, np.ones_like(self.unit)
         rough = torch.empty(m, d, dtype=torch.int8)
         loops.quantise_rows(x.numpy(), rough.numpy(), scale)
         product = self._room()[:m]
         torch._int_mm(rough, self.shadow.T, out=product)  # pyright: ignore[reportPrivateUsage]
-        return product, scale
+        return product, scale, self.unit
 
     def _room(self) -> Tensor:
         """This thread's own (CHUNK_ROWS, F) int32, made once: a fresh one's pages cost more than its use."""
