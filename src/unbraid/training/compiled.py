@@ -58,8 +58,11 @@ class CompiledStep:
     def __init__(self, sae: SAE, optimizer: Adam, *, precision: Precision | None = None) -> None:
         self.sae, self.optimizer = sae, optimizer
         self.W_enc, self.W_dec = _rows(sae.W_enc.detach().T), _rows(sae.W_dec.detach())  # (F, d)
-        moments = (optimizer.mean, optimizer.square)
-        self.moments = [_rows(m["W_enc"].T) for m in moments] + [_rows(m["W_dec"]) for m in moments]
+        mean, square = optimizer.mean, optimizer.square
+        self.moments = (
+            *(_rows(mean["W_enc"].T), _rows(square["W_enc"].T)),
+            *(_rows(mean["W_dec"]), _rows(square["W_dec"])),
+        )
         self.screen = Screen(self.W_enc, sae.b_enc.detach().numpy(), precision)
         self.hits = self.wanted = 0
 

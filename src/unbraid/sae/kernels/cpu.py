@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ def fits(*tensors: Tensor) -> bool:
     return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
 
 
-def array(tensor: Tensor) -> F32:
+def array(tensor: Tensor) -> NDArray[Any]:
     """The tensor's memory, copied only where it is not contiguous."""
     return tensor.detach().contiguous().numpy()
 
@@ -94,9 +94,8 @@ class Screen:
     def __init__(self, W_enc: F32, b_enc: F32, kind: Precision | None = None) -> None:
         """W_enc: (F, d), one latent a row; b_enc: (F,)."""
         F, d = W_enc.shape
-        self.W_enc, self.b_enc, self.kind = W_enc, b_enc, kind or precision()
-        if d < NARROW:
-            self.kind = "float32"
+        self.W_enc, self.b_enc = W_enc, b_enc
+        self.kind: Precision = "float32" if d < NARROW else kind or precision()
         self.shadow, self.unit = torch.empty(F, d, dtype=torch.int8), np.ones(F, np.float32)
         self.local = threading.local()
         if self.kind == "int8":
@@ -125,7 +124,7 @@ class Screen:
         rough = torch.empty(m, d, dtype=torch.int8)
         loops.quantise_rows(x.numpy(), rough.numpy(), scale)
         product = self._room()[:m]
-        torch._int_mm(rough, self.shadow.T, out=product)  # pyright: ignore[reportPrivateUsage]
+        torch._int_mm(rough, self.shadow.T, out=product)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
         return product, scale, self.unit
 
     def _room(self) -> Tensor:

@@ -310,7 +310,7 @@ def _sums(
         for c in range(len(enc)):
             enc[c] += g * xs[c]
             dec[c] += v * es[c]
-    return total
+    return np.float32(total)
 
 
 @_compiled
