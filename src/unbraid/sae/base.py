@@ -117,7 +117,8 @@ class SAE(nn.Module, ABC):
         self.options: Any = check_options(self.Options, config.options, config.architecture)
         self.config = config
         d_out = config.d_out or config.d_in
-        self.W_enc = nn.Parameter(torch.zeros(config.d_in, config.d_sae))
+        # One latent a row in memory, as in W_dec: what is selected, moved and quantised is a latent.
+        self.W_enc = nn.Parameter(torch.zeros(config.d_sae, config.d_in).T)
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
         self.W_dec = nn.Parameter(torch.zeros(config.d_sae, d_out))
         self.b_dec = nn.Parameter(torch.zeros(d_out))

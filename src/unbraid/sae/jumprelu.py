@@ -67,11 +67,11 @@ class JumpReLUSAE(ElementwiseSAE):
     against_death = "a larger --set pre_act"
     latent_axes: ClassVar[Mapping[str, int]] = {**SAE.latent_axes, "threshold": 0}
 
-    threshold: Tensor  # pyright: ignore[reportIncompatibleVariableOverride]  (here there always is one)
+    threshold: Tensor  # here there always is one
 
     def __init__(self, config: SAEConfig) -> None:
         super().__init__(config)
-        self.threshold = nn.Parameter(torch.zeros(config.d_sae))
+        self.threshold = nn.Parameter(torch.zeros(config.d_sae))  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def activate(self, entries: Entries) -> Tensor:
         """p where it exceeds the threshold."""

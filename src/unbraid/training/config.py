@@ -9,6 +9,7 @@ from typing import Any
 from unbraid.manifest.errors import UserError
 from unbraid.sae.options import check_options
 from unbraid.sae.registry import architecture
+from unbraid.training.step import Kernels
 
 
 def _none() -> Mapping[str, Any]:
@@ -43,6 +44,8 @@ class TrainOptions:
     """Steps between checkpoints."""
     log_every: int = 50
     """Steps summed up in one line of log.jsonl."""
+    kernels: Kernels = "auto"
+    """auto: a whole step in compiled loops, for the architectures that have one; plain: PyTorch's own."""
     threads: int | None = None
     """CPU threads, by default what torch uses now; recorded, because sums of floats depend on it."""
 

@@ -37,6 +37,7 @@ from unbraid.training.config import TrainConfig
 from unbraid.training.revival import DeadWatch, resample
 from unbraid.training.schedule import ramp, rate
 from unbraid.training.sources import Names, Sources, choose_sources, names
+from unbraid.training.step import stepper
 
 KIND = "sae"
 LOG = "log.jsonl"
@@ -100,6 +101,7 @@ class Run:
         self.scaling, self.target_scaling = _measure(sources, config.seed)
         self.sae = self._initialised()
         self.optimizer = Adam(self.sae)
+        self.stepper = stepper(self.sae, self.optimizer, config.kernels)
         self.step = 0
         self.silent = torch.zeros(config.d_sae, dtype=torch.int64)  # tokens since each latent last fired
         self.sums = torch.zeros(
@@ -148,15 +150,12 @@ class Run:
 
     def _one_step(self, x: Tensor, target: Tensor) -> None:
         """One batch of scaled activations, (n, d_in), and what to reconstruct, (n, d_out)."""
-        config, sae = self.config, self.sae
-        self.optimizer.zero_grad()
+        config = self.config
         dead = self.silent >= config.dead_after
         ramped = ramp(self.step, config.steps, config.warmup_share)
-        report = sae.backward(x, target, StepContext(dead, ramped, config.auxk_alpha))
-        sae.constrain_gradient()
-        factor = rate(self.step, config.steps, config.warmup_share, config.decay_share)
-        self.optimizer.step(self.step + 1, config.peak_lr * factor)
-        sae.constrain()
+        context = StepContext(dead, ramped, config.auxk_alpha)
+        lr = config.peak_lr * rate(self.step, config.steps, config.warmup_share, config.decay_share)
+        report = self.stepper.step(x, target, context, self.step + 1, lr)
         self._count(target, report)
         self.step += 1
         if config.resample_every and self.step % config.resample_every == 0:
@@ -169,6 +168,7 @@ class Run:
             # A seed of the step's own, so that a resumed run draws the same.
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
             resample(self.sae, self.optimizer, x, target, dead, generator)
+            self.stepper.refresh()
             self.silent[dead] = 0
 
     def _count(self, target: Tensor, report: StepReport) -> None:
@@ -223,6 +223,7 @@ class Run:
             )
         self.sae.load_state_dict({name: checkpoint.tensors[name] for name in self.sae.state_dict()})
         self.optimizer.restore(checkpoint.tensors)
+        self.stepper.refresh()
         self.silent, self.sums = checkpoint.tensors["silent"].clone(), checkpoint.tensors["sums"].clone()
         self.step, self.log_bytes = checkpoint.facts["step"], checkpoint.facts["log_bytes"]
         self.watch = DeadWatch(**checkpoint.facts["watch"])
