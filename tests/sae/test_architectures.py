@@ -61,8 +61,12 @@ def test_batchtopk_keeps_the_largest_of_the_batch(random_sae: RandomSAE, heavy: 
 def test_batchtopk_with_its_threshold_is_a_jumprelu(random_sae: RandomSAE) -> None:
     sae, x = random_sae("batchtopk"), _x(50)
     assert isinstance(sae, BatchTopKSAE)
-    jump = sae.with_threshold(sae.batch_threshold(x))
-    torch.testing.assert_close(jump.encode_dense(x), sae.encode_dense(x))
+    threshold = sae.batch_threshold(x)
+    jump = sae.with_threshold(threshold)
+    # The largest value that does not fire is the threshold, and may be above it in another order of summing.
+    clear = (sae.pre_activations(x) - threshold).abs() > 1e-4
+    assert int((~clear).sum()) <= 2
+    torch.testing.assert_close(jump.encode_dense(x) * clear, sae.encode_dense(x) * clear)
     assert jump.config.architecture == "jumprelu"
 
 
@@ -74,7 +78,7 @@ def test_input_is_not_centred_where_the_configuration_says_so(random_sae: Random
     torch.testing.assert_close(plain.encode_dense(x), (x @ sae.W_enc + sae.b_enc).relu())
 
 
-@pytest.mark.parametrize("architecture", ["relu", "jumprelu"])
+@pytest.mark.parametrize("architecture", ["relu", "jumprelu", "gated"])
 @pytest.mark.parametrize(("operation", "value"), [("clamp", 3.0), ("scale", 0.25), ("ablate", 0.0)])
 def test_an_edit_does_what_encode_set_decode_does(
     random_sae: RandomSAE, architecture: str, operation: str, value: float

@@ -19,6 +19,7 @@ from unbraid.manifest.errors import UserError
 from unbraid.manifest.record import check_files
 from unbraid.sae.base import SAE
 from unbraid.training.config import TrainConfig
+from unbraid.training.sources import Source, Sources
 from unbraid.training.trainer import Run, train
 
 SMALL = TrainConfig(
@@ -31,6 +32,11 @@ SMALL = TrainConfig(
     log_every=25,
     calibration_tokens=4096,
 )
+
+
+def _sources(store: ActivationStore) -> Sources:
+    one = (Source(store, store.sites[0]),)
+    return Sources(one, one)
 
 
 def _fvu(sae: SAE, x: torch.Tensor) -> float:
@@ -75,7 +81,7 @@ def test_the_artifact_is_complete_and_good(store: ActivationStore, tmp_path: Pat
 def test_the_saved_autoencoder_does_on_raw_activations_what_training_did(
     store: ActivationStore, tmp_path: Path
 ) -> None:
-    run = Run(store, store.sites[0], replace(SMALL, steps=20), tmp_path)
+    run = Run(_sources(store), replace(SMALL, steps=20), tmp_path)
     run.go(None)
     (x,) = batches(store, store.sites[0], 500, seed=5, steps=1)
     with torch.no_grad():
@@ -84,7 +90,7 @@ def test_the_saved_autoencoder_does_on_raw_activations_what_training_did(
         run.finish("")
         saved = SAE.from_pretrained(tmp_path)
         output = saved(x)
-    scale = run.scaling.scale
+    scale = run.scaling.unit
     torch.testing.assert_close(output.codes.dense(96), dense / scale, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(output.x_hat, trained.x_hat / scale + run.scaling.mean, rtol=1e-4, atol=1e-3)
     scaled = run.scaling(x)
@@ -93,7 +99,7 @@ def test_the_saved_autoencoder_does_on_raw_activations_what_training_did(
 
 @pytest.mark.parametrize("architecture", ["batchtopk", "relu"])
 def test_the_other_architectures_learn_too(store: ActivationStore, tmp_path: Path, architecture: str) -> None:
-    config = replace(SMALL, architecture=architecture, l1=0.3)
+    config = replace(SMALL, architecture=architecture, options={"l1": 0.3} if architecture == "relu" else {})
     sae = train(store, "layers.1.resid_post", config, tmp_path / "sae")
     (x,) = batches(store, store.sites[0], 4000, seed=5, steps=1)
     l0 = float(SAE.from_pretrained(tmp_path / "sae").encode(x).l0().double().mean())
@@ -107,7 +113,7 @@ def test_the_other_architectures_learn_too(store: ActivationStore, tmp_path: Pat
 def test_dead_latents_are_revived(store: ActivationStore, tmp_path: Path) -> None:
     shares: dict[float, float] = {}
     for alpha in (0.0, 1 / 8):
-        run = Run(store, store.sites[0], replace(SMALL, auxk_alpha=alpha, dead_after=300), tmp_path)
+        run = Run(_sources(store), replace(SMALL, auxk_alpha=alpha, dead_after=300), tmp_path)
         with torch.no_grad():
             run.sae.W_enc[:, ::2] *= 0.05  # half of the latents start too weak to be among the first k
         run.go(None)
@@ -123,7 +129,10 @@ def test_dead_latents_are_revived(store: ActivationStore, tmp_path: Path) -> Non
         ({"k": 97}, "k is 97"),
         ({"k": 0}, "k is 0"),
         ({"d_sae": 0}, "width is 0"),
-        ({"architecture": "gated"}, "'gated'"),
+        ({"architecture": "gate"}, "'gate'"),
+        ({"options": {"l1": 1.0}}, "no option 'l1'"),
+        ({"architecture": "relu", "options": {"l1": -1.0}}, "option l1"),
+        ({"resample_every": -1}, "resample_every is -1"),
         ({"steps": 0}, "steps is 0"),
         ({"lr": float("nan")}, "lr is nan"),
         ({"threads": 0}, "threads is 0"),

@@ -72,6 +72,29 @@ def batches(
         del buffer  # before the next group is read: memory is one buffer, not two
 
 
+def check_aligned(one: ActivationStore, other: ActivationStore) -> None:
+    """Make sure that rows of the same number are of the same token, so that `batches` with one seed deals
+    them out together.
+
+    Raises UserError that says where two captures differ.
+    """
+    for name in ("n_tokens", "shard_tokens"):
+        if getattr(one, name) != getattr(other, name):
+            raise UserError(
+                f"{other.folder} has {name} {getattr(other, name)} but {one.folder} {getattr(one, name)}; "
+                "capture both from the same text with the same options"
+            )
+    for shard in range(len(one.shards)):
+        a, b = one.columns(shard), other.columns(shard)
+        for name in ("tokens", "documents", "positions"):
+            differ = (getattr(a, name) != getattr(b, name)).nonzero()
+            if len(differ):
+                raise UserError(
+                    f"{other.folder} does not hold the same tokens as {one.folder}: {name} differ from row "
+                    f"{shard * one.shard_tokens + int(differ[0])}; capture both from the same text"
+                )
+
+
 @dataclass(frozen=True)
 class Group:
     """One bufferful: which epoch and which stretch of that epoch's shuffled runs."""

@@ -39,6 +39,9 @@ VERBS: dict[str, Verb] = {
     "index": Verb("unbraid.cli.index", "say what every latent does over a corpus"),
     "find": Verb("unbraid.cli.find", "find the latents that separate two sets of documents"),
     "validate": Verb("unbraid.cli.validate", "edit latents and measure what that changes, beside controls"),
+    "convert": Verb(
+        "unbraid.cli.convert", "bring another tool's autoencoder in, or take one to another tool"
+    ),
     "practice": Verb(
         "unbraid.cli.practice", "train the practice assistant, verify its card, write its conversations"
     ),

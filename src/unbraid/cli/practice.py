@@ -1,4 +1,4 @@
-"""`unbraid practice`: train the practice assistant, verify its card, write its conversations."""
+"""`unbraid practice`: the practice assistant, its card and conversations, and superposition."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from rich.table import Table
 
 from unbraid.cli.progress import shown
 from unbraid.manifest.errors import IntegrityError, UserError
-from unbraid.manifest.files import write_text
+from unbraid.manifest.files import building, write_json, write_text
+from unbraid.manifest.record import write_manifest
 from unbraid.practice.assistant import AssistantConfig, folder, train
 from unbraid.practice.card import TrainingRun, save_assistant, use_threads, verify_claims
 from unbraid.practice.claims import Claim
@@ -71,21 +72,38 @@ class Write:
     """Seed of the conversations."""
 
 
+@dataclass(frozen=True)
+class Superposition:
+    """Train NumPy autoencoders on planted features, and toy models; show what is recovered."""
+
+    out: Path = Path("superposition")
+    """Folder to write superposition.html and its numbers into; it must not exist."""
+    seed: int = 0
+    """First seed of the directions, the samples and the starts."""
+    seeds: int = 3
+    """How many seeds every autoencoder is trained with."""
+    steps: int = 1000
+    """Training steps of an autoencoder, 256 samples each."""
+
+
 Options = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Write, tyro.conf.subcommand("write")]
+    | Annotated[Superposition, tyro.conf.subcommand("superposition")]
 )
 
 
-def run(options: Train | Verify | Write) -> None:
+def run(options: Train | Verify | Write | Superposition) -> None:
     """Carry out one of the verbs of `unbraid practice`."""
     if isinstance(options, Train):
         _train(options)
     elif isinstance(options, Verify):
         _verify(options)
-    else:
+    elif isinstance(options, Write):
         _write(options)
+    else:
+        _superposition(options)
 
 
 def _train(options: Train) -> None:
@@ -130,6 +148,40 @@ def _write(options: Write) -> None:
     source = islice(conversations(options.split, seed=options.seed, topic=topic), options.count)
     records = (c.probe() if options.kind == "probes" else c.record() for c in source)
     write_text(options.out, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+
+
+def _superposition(options: Superposition) -> None:
+    for name, value in (("seeds", options.seeds), ("steps", options.steps)):
+        if value < 1:
+            raise UserError(f"--{name} is {value}; give 1 or more")
+    if options.seed < 0:
+        raise UserError(f"--seed is {options.seed}; give 0 or more")
+    from unbraid.recipes.superposition import recover_all, render, spread, summary, toy_models
+
+    command = shlex.join(["unbraid", *sys.argv[1:]])
+    with building(options.out) as partial:
+        seeds = range(options.seed, options.seed + options.seeds)
+        with shown("practice superposition", "autoencoders") as progress:
+            recoveries = recover_all(seeds, steps=options.steps, progress=progress)
+        toys = toy_models(options.seed)
+        facts = summary(recoveries, toys)
+        write_text(partial / "superposition.html", render(recoveries, toys, command))
+        write_json(partial / "summary.json", facts)
+        write_manifest(partial, kind="superposition", command=command, seed=options.seed, inputs={}, facts={})
+    table = Table("true L0", "method", "cosine", "above 0.9", "L0", "FVU")
+    for row in spread(recoveries):
+        table.add_row(
+            f"{row['true_l0']['mean']:.2f}", row["method"],
+            *(_ranged(row[column]) for column in ("cosine", "found", "l0", "fvu")),
+            end_section=row["method"] == "random rows",
+        )  # fmt: skip
+    Console().print(table)
+    print(f"±: half the range over {options.seeds} seeds; page: {options.out / 'superposition.html'}")
+
+
+def _ranged(value: dict[str, float] | None) -> str:
+    """A mean and half the range."""
+    return "–" if value is None else f"{value['mean']:.2f} ±{(value['high'] - value['low']) / 2:.2f}"
 
 
 def _show(claims: Sequence[Claim]) -> None:

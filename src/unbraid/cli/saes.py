@@ -11,6 +11,7 @@ from unbraid.manifest.identity import sha256_file
 from unbraid.manifest.record import MANIFEST, check_files
 from unbraid.model.load import LanguageModel
 from unbraid.sae.base import SAE
+from unbraid.sae.formats.detect import detect
 
 
 def open_sae(folder: Path, lm: LanguageModel) -> tuple[SAE, str]:
@@ -20,11 +21,10 @@ def open_sae(folder: Path, lm: LanguageModel) -> tuple[SAE, str]:
     Raises IntegrityError when its files do not match its manifest and UserError when it was trained on
     another model.
     """
-    sae = SAE.from_pretrained(folder)
-    if (folder / MANIFEST).is_file():
-        identity = check_files(folder).id
-    else:
-        identity = sha256_file(folder / "sae_weights.safetensors")
+    source = detect(folder)
+    sae = source.load()
+    place = source.weights.parent
+    identity = check_files(place).id if (place / MANIFEST).is_file() else sha256_file(source.weights)
     if sae.config.model_id and sae.config.model_id != lm.id:
         raise UserError(
             f"the SAE in {folder} was trained on weights {sae.config.model_id[:12]}… but model {lm.name} has "

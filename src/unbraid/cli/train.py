@@ -6,13 +6,16 @@ import json
 import shlex
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from unbraid.activations.store import ActivationStore
 from unbraid.cli.progress import shown
+from unbraid.manifest.errors import UserError
 from unbraid.manifest.record import read_manifest
+from unbraid.sae.options import check_options, plain, read_options
+from unbraid.sae.registry import architecture
 from unbraid.training.config import TrainConfig, TrainOptions
 from unbraid.training.trainer import train
 
@@ -21,18 +24,23 @@ from unbraid.training.trainer import train
 class Options:
     """What to train on, what to train, and where to put it."""
 
-    activations: Path
-    """Folder that `unbraid capture` made."""
+    activations: tuple[Path, ...]
+    """Folder that `unbraid capture` made; several of the same text for a crosscoder of several models."""
     out: Path
     """Folder to make; a run that was killed goes on from its last checkpoint."""
-    arch: Literal["topk", "batchtopk", "relu"] = "topk"
-    """Architecture."""
-    k: int = 32
-    """Latents that fire at a token (topk), or do on average (batchtopk); unused by relu."""
+    arch: str = "topk"
+    """Architecture: topk, batchtopk, matryoshka, relu, jumprelu, gated, matching_pursuit, lista, transcoder,
+    skip_transcoder, jumprelu_transcoder, jumprelu_skip_transcoder, crosscoder or clt."""
+    k: int | None = None
+    """Latents that fire at a token, or do on average, for the architectures that fix this; 32 if left out."""
     width: int = 8192
     """Number of latents."""
-    site: str | None = None
-    """Which of the captured sites; may be left out when there is one."""
+    site: tuple[str, ...] = ()
+    """Which of the captured sites; may be left out when there is one. Several for a crosscoder or clt."""
+    target_site: tuple[str, ...] = ()
+    """The site that a transcoder predicts, or one for each --site of a clt."""
+    set: tuple[str, ...] = ()
+    """The architecture's own options, such as l1=0.5; a wrong name lists those that there are."""
     config: Annotated[TrainOptions, tyro.conf.arg(name="")] = field(default_factory=TrainOptions)
     """How to train."""
     json: bool = False
@@ -41,13 +49,30 @@ class Options:
 
 def run(options: Options) -> None:
     """Train, and print what was made."""
+    kind = architecture(options.arch)
+    if options.k is not None and not kind.uses_k:
+        raise UserError(f"architecture {options.arch} has no k; leave out --k")
+    given = check_options(kind.Options, read_options(options.set), options.arch)
+    values = {name: value for name, value in plain(given).items() if value != plain(kind.Options())[name]}
     config = TrainConfig(
-        **asdict(options.config), architecture=options.arch, d_sae=options.width, k=options.k
+        **asdict(options.config),
+        architecture=options.arch,
+        d_sae=options.width,
+        k=TrainConfig.k if options.k is None else options.k,
+        options=values,
     )
     config.check()
-    store = ActivationStore(options.activations)
+    stores = [ActivationStore(folder) for folder in options.activations]
     with shown("train", "steps") as progress:
-        train(store, options.site, config, options.out, command=_command(options), progress=progress)
+        train(
+            stores,
+            options.site,
+            config,
+            options.out,
+            target_site=options.target_site,
+            command=_command(options),
+            progress=progress,
+        )
     manifest = read_manifest(options.out)
     facts = manifest.facts
     if options.json:
@@ -61,10 +86,13 @@ def run(options: Options) -> None:
 
 
 def _command(options: Options) -> str:
-    words = ["unbraid", "train", "--activations", str(options.activations), "--arch", options.arch]
-    words += ["--k", str(options.k), "--width", str(options.width), "--out", str(options.out)]
-    if options.site:
-        words += ["--site", options.site]
+    words = ["unbraid", "train", "--activations", *map(str, options.activations), "--arch", options.arch]
+    if options.k is not None:
+        words += ["--k", str(options.k)]
+    words += ["--width", str(options.width), "--out", str(options.out)]
+    for name in ("site", "target_site", "set"):
+        if given := getattr(options, name):
+            words += [f"--{name.replace('_', '-')}", *given]
     default = TrainOptions()
     for option in fields(TrainOptions):
         value = getattr(options.config, option.name)

@@ -146,6 +146,35 @@ def interval_bar(point: Point, top: float, *, style: int = 0, width: int = 120, 
     return _svg(parts, width, height, "", "cellbar")
 
 
+def matrix(rows: Sequence[Sequence[float]], label: str, *, style: int = 0, cell: int = 7) -> Markup:
+    """A square for every value in [0, 1], the more opaque the larger; values below 0.02 are left blank."""
+    width, height = cell * max(len(row) for row in rows), cell * len(rows)
+    parts = [
+        Markup('<rect class="cell" x="{}" y="{}" width="{}" height="{}" fill-opacity="{:.2f}"/>').format(
+            cell * j, cell * i, cell, cell, min(value, 1.0)
+        )
+        for i, row in enumerate(rows)
+        for j, value in enumerate(row)
+        if value >= 0.02
+    ]
+    frame = Markup('<rect class="frame" width="{}" height="{}"/>').format(width, height)
+    group = Markup('<g class="s{}">{}</g>').format(style, Markup("").join(parts))
+    return _svg([group, frame], width, height, label, "chart")
+
+
+def arrows(vectors: Sequence[tuple[float, float]], label: str, *, reach: float, size: int = 150) -> Markup:
+    """Vectors from the middle of a square that shows [−reach, reach] both ways; the i-th has style s<i>."""
+    x, y = Scale(-reach, reach, 4, size - 4), Scale(-reach, reach, size - 4, 4)
+    parts = [_line(x(-reach), y(0), x(reach), y(0), "grid"), _line(x(0), y(-reach), x(0), y(reach), "grid")]
+    for i, (a, b) in enumerate(vectors):
+        parts.append(
+            Markup('<g class="s{}">{}<circle class="dot" cx="{:.1f}" cy="{:.1f}" r="5"/></g>').format(
+                i, _line(x(0), y(0), x(a), y(b), "vector"), x(a), y(b)
+            )
+        )
+    return _svg(parts, size, size, label, "chart")
+
+
 def _series(s: Series, x: Scale, y: Scale) -> Markup:
     points = sorted((p for p in s.points if math.isfinite(p.y)), key=lambda p: p.x)
     if not points:

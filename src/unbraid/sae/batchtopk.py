@@ -10,12 +10,12 @@ it a JumpReLU autoencoder, and as one it is saved.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from unbraid.manifest.errors import UserError
 from unbraid.sae.base import SAE, SAEConfig
 from unbraid.sae.codes import SparseCodes, selected, top_k_pre_activations
 from unbraid.sae.jumprelu import JumpReLUSAE
@@ -27,10 +27,8 @@ START_WIDTH = 4
 class BatchTopKSAE(SAE):
     """Sparse by count over a batch; exists during training alone, see `with_threshold`."""
 
-    def __init__(self, config: SAEConfig) -> None:
-        super().__init__(config)
-        if config.k < 1:
-            raise UserError(f"architecture batchtopk needs k of 1 or more, not {config.k}; change --k")
+    uses_k = True
+    training_only = True
 
     def encode(self, x: Tensor) -> SparseCodes:
         """Codes of the batch x, shape (n, d_in): n·k entries in all (fewer where too few are positive)."""
@@ -70,9 +68,17 @@ class BatchTopKSAE(SAE):
         """The pre-activation that a latent had to exceed to fire in this batch, x of shape (n, d_in)."""
         return float(self._candidates(self.centred(x))[2])
 
+    def calibrated(self, batches: Sequence[Tensor]) -> JumpReLUSAE:
+        """With the mean over batches of the value to be exceeded, so that k latents fire on average."""
+        return self.with_threshold(sum(self.batch_threshold(x) for x in batches) / len(batches))
+
     def with_threshold(self, threshold: float) -> JumpReLUSAE:
         """The autoencoder for use: the same weights, and one threshold on pre-activations for all."""
-        sae = JumpReLUSAE(replace(self.config, architecture="jumprelu", k=0))
+        sae = self.ready_form(replace(self.config, k=0, options={}))
         weights = {name: value.detach().clone() for name, value in self.named_parameters()}
         sae.load_state_dict({**weights, "threshold": torch.full_like(self.b_enc, threshold).detach()})
         return sae
+
+    def ready_form(self, config: SAEConfig) -> JumpReLUSAE:
+        """The autoencoder for use, without weights."""
+        return JumpReLUSAE(replace(config, architecture="jumprelu"))

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_ROWS = 512
+from unbraid.sae.kernels import cpu
+
+CHUNK_ROWS = cpu.CHUNK_ROWS
 """Rows whose dense pre-activations exist at the same time."""
 
 
@@ -84,6 +86,9 @@ def top_k_pre_activations(
     x: (n, d_in), W_enc: (d_in, d_sae), b_enc: (d_sae,). With `among`, a vector of latents, only these are
     candidates. The dense pre-activations exist for a chunk of rows at a time.
     """
+    if among is None and cpu.fits(x, W_enc, b_enc):
+        values, indices = cpu.top_k_pre_activations(x, W_enc.T, b_enc, k)
+        return selected(x, W_enc, b_enc, indices, values), indices
     with torch.no_grad():
         weight, bias = (W_enc, b_enc) if among is None else (W_enc[:, among], b_enc[among])
         chunks = [top_k(torch.addmm(bias, rows, weight), k) for rows in x.split(CHUNK_ROWS)]
@@ -139,23 +144,34 @@ class _Decode(torch.autograd.Function):
         indices, values, W_dec = cast("tuple[Tensor, Tensor, Tensor]", ctx.saved_tensors)
         grad = grads[0].contiguous()
         d_values = d_weight = None
-        if ctx.needs_input_grad[1]:  # grad · W_dec[j] for the codes' entries alone
-            with torch.enable_grad():
-                leaf = values.detach().requires_grad_()
-                product = (_bag(indices, W_dec.detach(), leaf) * grad).sum()
-                (d_values,) = torch.autograd.grad(product, leaf)
+        if ctx.needs_input_grad[1]:
+            d_values = _products(indices, grad, W_dec)
         if ctx.needs_input_grad[2]:
             d_weight = _sum_by_latent(indices, values, grad, len(W_dec))
         return None, d_values, d_weight
 
 
 def _bag(indices: Tensor, table: Tensor, weights: Tensor) -> Tensor:
-    """Σ_k weights[i, k] · table[indices[i, k]] for each row i."""
+    """Σ_k weights[i, k] · table[indices[i, k]] for each row i: (n, d)."""
+    if cpu.fits(table, weights):
+        return cpu.decode(indices, weights, table)
     return F.embedding_bag(indices, table.contiguous(), per_sample_weights=weights.contiguous(), mode="sum")
+
+
+def _products(indices: Tensor, rows: Tensor, table: Tensor) -> Tensor:
+    """rows[i] · table[indices[i, k]] for each entry (i, k): (n, k)."""
+    if cpu.fits(rows, table):
+        return cpu.value_gradients(indices, rows, table)
+    with torch.enable_grad():  # the gradient of an embedding bag in its weights is just that
+        leaf = torch.ones_like(indices, dtype=rows.dtype).requires_grad_()
+        (found,) = torch.autograd.grad((_bag(indices, table.detach(), leaf) * rows).sum(), leaf)
+    return found
 
 
 def _sum_by_latent(indices: Tensor, weights: Tensor, rows: Tensor, d_sae: int) -> Tensor:
     """For each latent j, Σ weights[i, k] · rows[i] over all (i, k) with indices[i, k] = j: (d_sae, d)."""
+    if cpu.fits(weights, rows):
+        return cpu.sum_by_latent(indices, weights, rows, d_sae)
     flat = indices.flatten()
     order = flat.argsort(stable=True)
     ends = torch.bincount(flat, minlength=d_sae).cumsum(0)

@@ -9,15 +9,39 @@ calls it `standard`.
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from dataclasses import dataclass
 
-from unbraid.sae.base import SAE, encode_in_chunks
-from unbraid.sae.codes import SparseCodes
+from torch import Tensor
+
+from unbraid.sae.elementwise import ElementwiseSAE, Entries
+from unbraid.sae.options import EDGE, Weight
 
 
-class ReLUSAE(SAE):
+@dataclass(frozen=True)
+class ReLUOptions:
+    """How ReLU is trained."""
+
+    __pydantic_config__ = EDGE
+
+    l1: Weight = 2.0
+    """Weight λ of the penalty."""
+
+
+class ReLUSAE(ElementwiseSAE):
     """Sparse because firing costs: the number of active latents differs from token to token."""
 
-    def encode(self, x: Tensor) -> SparseCodes:
-        """Codes of activations x, shape (n, d_in); k is the most latents that fire at one of them."""
-        return encode_in_chunks(self, x, nn.ReLU())
+    Options = ReLUOptions
+    options: ReLUOptions
+    against_death = "a smaller --set l1"
+
+    def activate(self, entries: Entries) -> Tensor:
+        """ReLU."""
+        return entries.pre.relu()
+
+    def loss(self, entries: Entries, codes: Tensor, target: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """λ Σ f ‖W_dec[j]‖."""
+        return self.options.l1 * (codes * entries.of(self.row_norms())).sum(), 0.0
+
+    def row_norms(self) -> Tensor:
+        """How long each latent's decoder row counts in the penalty, (d_sae,)."""
+        return self.W_dec.norm(dim=1)

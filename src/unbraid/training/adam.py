@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +27,11 @@ class Adam:
             parameter.grad = None
 
     @torch.no_grad()
-    def step(self, number: int, lr: float) -> None:
-        """Move every parameter by its gradient; `number` counts steps from 1."""
+    def step(self, number: int, lr: float, only: Sequence[str] | None = None) -> None:
+        """Move every parameter (or those named) by its gradient; `number` counts steps from 1."""
         unbias_mean, unbias_square = 1 - BETA_MEAN**number, 1 - BETA_SQUARE**number
-        for name, parameter in self.parameters.items():
+        for name in self.parameters if only is None else only:
+            parameter = self.parameters[name]
             grad = parameter.grad
             if grad is None:
                 continue

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from unbraid.manifest.errors import UserError
+from unbraid.sae.options import check_options
+from unbraid.sae.registry import architecture
+from unbraid.training.step import Kernels
 
-TRAINABLE = ("topk", "batchtopk", "relu")
+
+def _none() -> Mapping[str, Any]:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -22,21 +29,23 @@ class TrainOptions:
     seed: int = 0
     """Seed of the initial directions and of the order of the tokens."""
     warmup_share: float = 0.05
-    """Share of the steps over which the learning rate (and relu's penalty) rises from zero."""
+    """Share of the steps over which the learning rate (and a penalty's weight) rises from zero."""
     decay_share: float = 0.2
     """Share of the steps, the last ones, over which the learning rate falls to zero."""
     auxk_alpha: float = 1 / 32
-    """Weight of the auxiliary loss that revives dead latents (topk, batchtopk)."""
+    """Weight of the auxiliary loss that revives dead latents, where k fixes how many fire."""
     dead_after: int = 100_000
     """Tokens without firing after which a latent counts as dead."""
-    l1: float = 2.0
-    """Weight of relu's penalty."""
+    resample_every: int = 0
+    """Steps after which dead latents start anew where the loss is highest; 0 for never."""
     calibration_tokens: int = 65_536
     """Tokens read after training to measure firing frequencies and thresholds."""
     checkpoint_every: int = 200
     """Steps between checkpoints."""
     log_every: int = 50
     """Steps summed up in one line of log.jsonl."""
+    kernels: Kernels = "auto"
+    """auto: a whole step in compiled loops, for the architectures that have one; plain: PyTorch's own."""
     threads: int | None = None
     """CPU threads, by default what torch uses now; recorded, because sums of floats depend on it."""
 
@@ -46,11 +55,13 @@ class TrainConfig(TrainOptions):
     """What to train and how."""
 
     architecture: str = field(default="topk", kw_only=True)
-    """topk, batchtopk or relu."""
+    """One of the names in `sae.registry`."""
     d_sae: int = field(default=8192, kw_only=True)
     """Number of latents."""
     k: int = field(default=32, kw_only=True)
-    """Latents that fire at a token (topk), or do on average (batchtopk); unused by relu."""
+    """Latents that fire at a token, or do on average, for the architectures that fix this."""
+    options: Mapping[str, Any] = field(default_factory=_none, kw_only=True)
+    """The architecture's own options by name, where they are not its defaults."""
 
     @property
     def peak_lr(self) -> float:
@@ -59,12 +70,11 @@ class TrainConfig(TrainOptions):
 
     def check(self) -> None:
         """Raise UserError, naming the option, for values that cannot be trained with."""
-        if self.architecture not in TRAINABLE:
-            names = ", ".join(TRAINABLE)
-            raise UserError(f"architecture {self.architecture!r} is not known; choose --arch from {names}")
+        kind = architecture(self.architecture)
+        check_options(kind.Options, self.options, self.architecture)
         if self.d_sae < 1:
             raise UserError(f"width is {self.d_sae}; choose --width of 1 or more")
-        if self.architecture != "relu" and not 1 <= self.k <= self.d_sae:
+        if kind.uses_k and not 1 <= self.k <= self.d_sae:
             raise UserError(
                 f"k is {self.k} but must lie between 1 and the width {self.d_sae}; change --k or --width"
             )
@@ -78,9 +88,11 @@ class TrainConfig(TrainOptions):
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; choose 1 or more")
+        if self.resample_every < 0:
+            raise UserError(f"resample_every is {self.resample_every}; choose 0 (never) or more")
         if self.threads is not None and self.threads < 1:
             raise UserError(f"threads is {self.threads}; choose 1 or more")
-        for name in ("peak_lr", "auxk_alpha", "l1"):
+        for name in ("peak_lr", "auxk_alpha"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(
                     f"{name.removeprefix('peak_')} is {getattr(self, name)}; choose a number of 0 or more"

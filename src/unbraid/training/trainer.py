@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -19,21 +20,24 @@ from safetensors.torch import save
 from torch import Tensor
 
 from unbraid.activations.store import ActivationStore
-from unbraid.activations.stream import batches
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.files import building, write_bytes
 from unbraid.manifest.progress import Progress
 from unbraid.manifest.record import MANIFEST, write_manifest
-from unbraid.model.sites import Site
 from unbraid.sae.base import SAE, SAEConfig
 from unbraid.sae.formats.saelens import save as save_sae
-from unbraid.sae.registry import build
+from unbraid.sae.objective import StepContext, StepReport
+from unbraid.sae.options import plain
+from unbraid.sae.registry import architecture, build
+from unbraid.sae.scaling import Scaling
 from unbraid.training.adam import Adam
 from unbraid.training.calibrate import calibrate
 from unbraid.training.checkpoint import FILE, Checkpoint
 from unbraid.training.config import TrainConfig
-from unbraid.training.objective import StepReport, backward_dense, backward_sparse
+from unbraid.training.revival import DeadWatch, resample
 from unbraid.training.schedule import ramp, rate
+from unbraid.training.sources import Names, Sources, choose_sources, names
+from unbraid.training.step import stepper
 
 KIND = "sae"
 LOG = "log.jsonl"
@@ -42,24 +46,28 @@ STATISTICS_TOKENS = 100_000
 
 
 def train(
-    store: ActivationStore,
-    site: Site | str | None,
+    store: ActivationStore | Sequence[ActivationStore],
+    site: Names,
     config: TrainConfig,
     out: Path | str,
     *,
+    target_site: Names = None,
     command: str = "",
     progress: Progress | None = None,
 ) -> SAE:
     """Train an autoencoder on the activations of `site` (the only one captured, if None) into the folder
     `out`.
 
-    Killed and run again with the same arguments it goes on from its last checkpoint, and the files are
-    the same, bit for bit, as an undisturbed run's. Returns the autoencoder as it was saved. Raises
-    UserError for settings that cannot be trained with, an `out` that exists, and a partial run with other
-    settings.
+    Transcoders predict `target_site` from it. Crosscoders take several sites, or several captures of the
+    same tokens. Killed and run again with the same arguments it goes on from its last checkpoint, and the
+    files are the same, bit for bit, as an undisturbed run's. Returns the autoencoder as it was saved.
+    Raises UserError for settings that cannot be trained with, an `out` that exists, and a partial run with
+    other settings.
     """
     config.check()
-    chosen = _site(store, site)
+    kind = architecture(config.architecture)
+    stores = [store] if isinstance(store, ActivationStore) else list(store)
+    sources = choose_sources(stores, site, target_site, kind.reads, config.architecture)
     out = Path(out)
     with building(out) as folder:
         checkpoint = Checkpoint.read(folder)
@@ -67,7 +75,7 @@ def train(
         before = torch.get_num_threads()
         torch.set_num_threads(config.threads or before)
         try:
-            run = Run(store, chosen, config, folder)
+            run = Run(sources, config, folder)
             if checkpoint is not None:
                 run.restore(checkpoint)
             run.go(progress)
@@ -75,15 +83,6 @@ def train(
         finally:
             torch.set_num_threads(before)
     return sae
-
-
-def _site(store: ActivationStore, site: Site | str | None) -> Site:
-    if site is not None:
-        return store.site(site)
-    if len(store.sites) != 1:
-        names = ", ".join(map(str, store.sites))
-        raise UserError(f"{store.folder} holds several sites; choose one with --site: {names}")
-    return store.sites[0]
 
 
 def _with_threads(config: TrainConfig, checkpoint: Checkpoint | None) -> TrainConfig:
@@ -94,49 +93,37 @@ def _with_threads(config: TrainConfig, checkpoint: Checkpoint | None) -> TrainCo
     return replace(config, threads=begun or torch.get_num_threads())
 
 
-@dataclass(frozen=True, eq=False)
-class Scaling:
-    """How activations are centred and scaled for training."""
-
-    mean: Tensor
-    """Mean activation, (d_in,)."""
-    scale: float
-    """1 / root mean square of a centred activation's entries."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(x − mean) · scale, shape (n, d_in)."""
-        return (x - self.mean) * self.scale
-
-    @torch.no_grad()
-    def fold(self, sae: SAE) -> None:
-        """Change an autoencoder of scaled activations into the same one of raw activations, in place.
-
-        With p the pre-activation in training, W_enc stays, b_enc and b_dec are divided by the scale, and
-        the mean goes into b_dec: then p' = p / scale and x̂' = x̂ / scale + mean.
-        """
-        sae.b_enc.div_(self.scale)
-        sae.b_dec.div_(self.scale).add_(self.mean)
-
-
 class Run:
     """One training run: weights, optimiser, counters, and the folder they are saved in."""
 
-    def __init__(self, store: ActivationStore, site: Site, config: TrainConfig, folder: Path) -> None:
-        self.store, self.site, self.config, self.folder = store, site, config, folder
-        self.scaling = _measure(store, site, config.seed)
+    def __init__(self, sources: Sources, config: TrainConfig, folder: Path) -> None:
+        self.sources, self.config, self.folder = sources, config, folder
+        self.scaling, self.target_scaling = _measure(sources, config.seed)
         self.sae = self._initialised()
         self.optimizer = Adam(self.sae)
+        self.stepper = stepper(self.sae, self.optimizer, config.kernels)
         self.step = 0
         self.silent = torch.zeros(config.d_sae, dtype=torch.int64)  # tokens since each latent last fired
         self.sums = torch.zeros(
             4, dtype=torch.float64
-        )  # squared error, Σ‖x‖², active latents, tokens: since last log
+        )  # squared error, Σ‖target‖², active latents, tokens: since last log
+        self.watch = DeadWatch()
         self.log_bytes = 0
 
     @property
     def settings(self) -> dict[str, Any]:
         """What a checkpoint must have been made with to be gone on from."""
-        return {"config": asdict(self.config), "site": str(self.site), "activations": self.store.id}
+        sources = self.sources
+        found = {
+            "config": asdict(self.config),
+            "site": names(sources.inputs),
+            "activations": self._activations,
+        }
+        return found | ({"target_site": names(sources.targets)} if sources.across else {})
+
+    @property
+    def _activations(self) -> str:
+        return ",".join(store.id for store in self.sources.stores)
 
     def go(self, progress: Progress | None) -> None:
         """Train up to the last step, writing log and checkpoints."""
@@ -144,11 +131,11 @@ class Run:
             log.truncate(self.log_bytes)  # lines after the checkpoint are written again
         config = self.config
         started, first, note = monotonic(), self.step, ""
-        stream = batches(
-            self.store, self.site, config.batch_size, seed=config.seed, steps=config.steps, start=self.step
+        stream = self.sources.batches(
+            config.batch_size, seed=config.seed, steps=config.steps, start=self.step
         )
-        for x in stream:
-            self._one_step(self.scaling(x))
+        for x, target in stream:
+            self._one_step(*self._scaled(x, target))
             if self.step % config.log_every == 0 or self.step == config.steps:
                 note = self._log()
             if self.step % config.checkpoint_every == 0 and self.step < config.steps:
@@ -157,45 +144,74 @@ class Run:
                 speed = (self.step - first) * config.batch_size / max(monotonic() - started, 1e-9)
                 progress(self.step, config.steps, f"{note}  {speed:,.0f} tokens/s".strip())
 
-    def _one_step(self, x: Tensor) -> None:
-        """One batch of scaled activations, (n, d_in)."""
-        config, sae = self.config, self.sae
-        self.optimizer.zero_grad()
-        if config.architecture == "relu":
-            report = backward_dense(sae, x, config.l1 * ramp(self.step, config.steps, config.warmup_share))
-        else:
-            report = backward_sparse(sae, x, self.silent >= config.dead_after, config.auxk_alpha)
-        _remove_parallel_gradient(sae.W_dec)
-        factor = rate(self.step, config.steps, config.warmup_share, config.decay_share)
-        self.optimizer.step(self.step + 1, config.peak_lr * factor)
-        _normalise(sae.W_dec)
-        self._count(x, report)
-        self.step += 1
+    def _scaled(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        scaled = self.scaling(x)
+        return scaled, self.target_scaling(target) if self.sources.across else scaled
 
-    def _count(self, x: Tensor, report: StepReport) -> None:
-        self.silent += len(x)
+    def _one_step(self, x: Tensor, target: Tensor) -> None:
+        """One batch of scaled activations, (n, d_in), and what to reconstruct, (n, d_out)."""
+        config = self.config
+        dead = self.silent >= config.dead_after
+        ramped = ramp(self.step, config.steps, config.warmup_share)
+        context = StepContext(dead, ramped, config.auxk_alpha)
+        lr = config.peak_lr * rate(self.step, config.steps, config.warmup_share, config.decay_share)
+        report = self.stepper.step(x, target, context, self.step + 1, lr)
+        self._count(target, report)
+        self.step += 1
+        if config.resample_every and self.step % config.resample_every == 0:
+            self._resample(x, target)
+
+    def _resample(self, x: Tensor, target: Tensor) -> None:
+        """Start dead latents anew, but not once the rate falls, when they could not learn any more."""
+        config, dead = self.config, self.silent >= self.config.dead_after
+        if self.step <= (1 - config.decay_share) * config.steps:
+            # A seed of the step's own, so that a resumed run draws the same.
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
+            resample(self.sae, self.optimizer, x, target, dead, generator)
+            self.stepper.refresh()
+            self.silent[dead] = 0
+
+    def _count(self, target: Tensor, report: StepReport) -> None:
+        self.silent += len(target)
         self.silent[report.fired] = 0
-        values = (report.squared_error, x.square().sum(), report.active, torch.tensor(len(x)))
+        values = (report.squared_error, target.square().sum(), report.active, torch.tensor(len(target)))
         self.sums += torch.stack([value.detach().double() for value in values])
 
     def _log(self) -> str:
         """Write what the last steps showed as one line; returns it in short."""
+        config = self.config
         error, total, active, tokens = self.sums.tolist()
         self.sums.zero_()
-        dead = float((self.silent >= self.config.dead_after).double().mean())
-        row = {"step": self.step, "fvu": error / total, "l0": active / tokens, "dead": dead}
+        dead = float((self.silent >= config.dead_after).double().mean())
+        row: dict[str, Any] = {"step": self.step, "fvu": error / total, "l0": active / tokens, "dead": dead}
+        note = f"fvu {row['fvu']:.4f}  l0 {row['l0']:.1f}  dead {dead:.2%}"
+        # Before that all latents have had the chance to be dead, a rise says nothing.
+        if self.step * config.batch_size >= 2 * config.dead_after:
+            watch = self.watch.look(dead)
+            if watch.warned and not self.watch.warned:
+                row["note"] = (
+                    f"the dead share has risen from {watch.lowest:.2%} to {dead:.2%}; try a smaller --lr, "
+                    f"{self.sae.against_death} or --resample-every {max(1, config.steps // 10)}"
+                )
+                note = f"{note}  {row['note']}"
+            self.watch = watch
         line = (json.dumps(row) + "\n").encode()
         with (self.folder / LOG).open("ab") as log:
             log.write(line)
         self.log_bytes += len(line)
-        return f"fvu {row['fvu']:.4f}  l0 {row['l0']:.1f}  dead {dead:.2%}"
+        return note
 
     def _checkpoint(self) -> None:
         with (self.folder / LOG).open("ab") as log:
             os.fsync(log.fileno())  # the checkpoint must not know more of the log than the disk does
         tensors = {name: value for name, value in self.sae.state_dict().items()}
         tensors |= self.optimizer.tensors() | {"silent": self.silent, "sums": self.sums}
-        facts = {"step": self.step, "log_bytes": self.log_bytes, "settings": self.settings}
+        facts = {
+            "step": self.step,
+            "log_bytes": self.log_bytes,
+            "settings": self.settings,
+            "watch": asdict(self.watch),
+        }
         Checkpoint(tensors, facts).write(self.folder)
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -207,19 +223,22 @@ class Run:
             )
         self.sae.load_state_dict({name: checkpoint.tensors[name] for name in self.sae.state_dict()})
         self.optimizer.restore(checkpoint.tensors)
+        self.stepper.refresh()
         self.silent, self.sums = checkpoint.tensors["silent"].clone(), checkpoint.tensors["sums"].clone()
         self.step, self.log_bytes = checkpoint.facts["step"], checkpoint.facts["log_bytes"]
+        self.watch = DeadWatch(**checkpoint.facts["watch"])
 
     def finish(self, command: str) -> SAE:
         """Fold the scaling in, measure firing, and write the artifact's files and manifest."""
         config = self.config
         last = json.loads((self.folder / LOG).read_text(encoding="utf-8").splitlines()[-1])
-        self.scaling.fold(self.sae)
+        sources, first = self.sources, self.sources.stores[0]
+        self.sae.fold(self.scaling, self.target_scaling)
         size = min(config.batch_size, config.calibration_tokens)
         steps = -(-config.calibration_tokens // size)
         # Another seed than training's, so that the tokens are not those of the first batches.
-        drawn = batches(self.store, self.site, size, seed=config.seed + 1, steps=steps)
-        measured = calibrate(self.sae, drawn)
+        drawn = self.sources.batches(size, seed=config.seed + 1, steps=steps)
+        measured = calibrate(self.sae, (x for x, _ in drawn))
         sae = measured.sae.requires_grad_(False)
         save_sae(sae, self.folder)
         write_bytes(self.folder / SPARSITY, save({"sparsity": (measured.frequency + 1e-10).log10().float()}))
@@ -230,75 +249,62 @@ class Run:
             kind=KIND,
             command=command,
             seed=config.seed,
-            inputs={"activations": self.store.id},
+            inputs={"activations": self._activations},
             facts={
                 "architecture": sae.config.architecture,
-                "site": str(self.site),
-                "model": self.store.model_name,
-                "model_id": self.store.model_id,
-                "tokenizer_id": self.store.tokenizer_id,
-                "train": asdict(config),
+                "site": names(sources.inputs),
+                **({"target_site": names(sources.targets)} if sources.across else {}),
+                "model": first.model_name,
+                "model_id": first.model_id,
+                "tokenizer_id": first.tokenizer_id,
+                "train": asdict(config) | {"options": plain(self.sae.options)},
                 "tokens": config.steps * config.batch_size,
                 "fvu_last": last["fvu"],
                 "l0": measured.l0,
                 "dead": float((measured.frequency == 0).double().mean()),
                 "measured_on_tokens": measured.tokens,
             },
-            paths={"activations": self.store.folder},
+            paths={"activations": first.folder},
         )
         return sae
 
     @torch.no_grad()
     def _initialised(self) -> SAE:
-        """Weights to start from: the data decides how far the encoder reaches.
-
-        Decoder rows are random unit vectors, the encoder is their transpose, shrunk so that the codes of
-        the first batch reconstruct it as well as one common factor can make them (otherwise k overlapping
-        latents overshoot).
-        """
-        config = self.config
+        """Weights to start from, which the first batch decides on."""
+        config, sources, first = self.config, self.sources, self.sources.stores[0]
+        inputs, targets = sources.inputs, sources.targets
         sae = build(
             SAEConfig(
                 architecture=config.architecture,
-                d_in=self.store.d_in(self.site),
+                d_in=sum(source.d for source in inputs),
                 d_sae=config.d_sae,
-                k=0 if config.architecture == "relu" else config.k,
-                site=str(self.site),
-                model_name=self.store.model_name,
-                model_id=self.store.model_id,
-                metadata={"context_size": self.store.context},
+                k=config.k if architecture(config.architecture).uses_k else 0,
+                site=names(inputs),
+                model_name=first.model_name,
+                model_id=first.model_id,
+                metadata={"context_size": first.context},
+                d_out=sum(source.d for source in targets) if sources.across else 0,
+                target_site=names(targets) if sources.across else "",
+                blocks=tuple(source.d for source in inputs) if len(inputs) > 1 else (),
+                options=config.options,
             )
         )
-        generator = torch.Generator().manual_seed(config.seed)
-        sae.W_dec.copy_(torch.randn(sae.W_dec.shape, generator=generator))
-        _normalise(sae.W_dec)
-        sae.W_enc.copy_(sae.W_dec.T)
-        x = self.scaling(next(batches(self.store, self.site, config.batch_size, seed=config.seed, steps=1)))
-        x_hat = sae(x).x_hat
-        sae.W_enc *= (x * x_hat).sum() / x_hat.square().sum().clamp(min=1e-12)
+        (batch,) = sources.batches(config.batch_size, seed=config.seed, steps=1)
+        sae.initialise(*self._scaled(*batch), torch.Generator().manual_seed(config.seed))
         return sae
 
 
-def _measure(store: ActivationStore, site: Site, seed: int) -> Scaling:
-    """Mean and scale of the activations, from up to 100,000 of them, in float64."""
-    size = min(STATISTICS_TOKENS, store.n_tokens)
-    (x,) = batches(store, site, size, seed=seed, steps=1)
-    x = x.double()
-    mean = x.mean(dim=0)
-    spread = float((x - mean).square().mean())
-    if spread == 0:
-        raise UserError(f"{store.folder}: all activations at {site} are the same; capture more text")
-    return Scaling(mean.float(), spread**-0.5)
-
-
-@torch.no_grad()
-def _remove_parallel_gradient(W_dec: Tensor) -> None:
-    """Take out of each row's gradient what would only change the row's length, which stays 1."""
-    grad = W_dec.grad
-    assert grad is not None
-    grad -= (grad * W_dec).sum(dim=1, keepdim=True) * W_dec
-
-
-@torch.no_grad()
-def _normalise(W_dec: Tensor) -> None:
-    W_dec /= W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12)
+def _measure(sources: Sources, seed: int) -> tuple[Scaling, Scaling]:
+    """Mean and scale of inputs and targets, from up to 100,000 tokens."""
+    size = min(STATISTICS_TOKENS, sources.stores[0].n_tokens)
+    (batch,) = sources.batches(size, seed=seed, steps=1)
+    found: list[Scaling] = []
+    for x, parts in zip(batch, (sources.inputs, sources.targets), strict=True):
+        scaling = Scaling.of(x, [source.d for source in parts])
+        if scaling is None:
+            raise UserError(
+                f"{sources.stores[0].folder}: all activations at {names(parts)} are the same; "
+                "capture more text"
+            )
+        found.append(scaling)
+    return found[0], found[1]

@@ -6,15 +6,17 @@ import pytest
 import torch
 
 from unbraid.sae.base import SAE, SAEConfig
+from unbraid.sae.objective import StepContext
 from unbraid.sae.registry import build
-from unbraid.training.objective import backward_dense, backward_sparse
-from unbraid.training.schedule import ramp, rate
 
 D_IN, D_SAE, K = 8, 40, 3
 
 
-def _sae(architecture: str) -> SAE:
-    sae = build(SAEConfig(architecture, D_IN, D_SAE, 0 if architecture == "relu" else K))
+NONE_DEAD = torch.zeros(D_SAE, dtype=torch.bool)
+
+
+def _sae(architecture: str, **options: object) -> SAE:
+    sae = build(SAEConfig(architecture, D_IN, D_SAE, 0 if architecture == "relu" else K, options=options))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for value in sae.parameters():
@@ -32,8 +34,8 @@ def _gradients(sae: SAE) -> list[torch.Tensor]:
 
 
 def test_relu_adds_up_chunks_to_the_loss_of_the_batch() -> None:
-    sae, x = _sae("relu"), _x(1100)
-    report = backward_dense(sae, x, 0.7)
+    sae, x = _sae("relu", l1=1.4), _x(1100)
+    report = sae.backward(x, x, StepContext(NONE_DEAD, ramp=0.5))
     ours = _gradients(sae)
     sae.zero_grad()
     codes = sae.pre_activations(x).relu()
@@ -54,12 +56,12 @@ def test_the_auxiliary_loss_lets_the_dead_describe_the_error(architecture: str) 
     with torch.no_grad():
         sae.W_enc[:, dead] *= 0.03  # too weak for the top k, yet above 0 at half of the tokens
         sae.b_enc[dead] = 0.0
-    report = backward_sparse(sae, x, dead, 0.0)
+    report = sae.backward(x, x, StepContext(dead))
     assert not report.fired[dead].any()
     assert sae.W_dec.grad is not None and not sae.W_dec.grad[dead].any()
     plain = _gradients(sae)
     sae.zero_grad()
-    backward_sparse(sae, x, dead, 1 / 32)
+    sae.backward(x, x, StepContext(dead, auxk_alpha=1 / 32))
     ours = _gradients(sae)
 
     sae.zero_grad()
@@ -74,11 +76,3 @@ def test_the_auxiliary_loss_lets_the_dead_describe_the_error(architecture: str) 
     for mine, theirs in zip(ours, _gradients(sae), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
     assert any(not torch.equal(a, b) for a, b in zip(plain, ours, strict=True))
-
-
-def test_the_learning_rate_rises_stays_and_falls() -> None:
-    factors = [rate(step, 100, 0.1, 0.2) for step in range(100)]
-    assert factors[0] == pytest.approx(0.1) and factors[9] == 1 and factors[80] == 1
-    assert factors[99] == pytest.approx(0.05) and max(factors) == 1
-    assert factors[:10] == sorted(factors[:10]) and factors[80:] == sorted(factors[80:], reverse=True)
-    assert ramp(0, 100, 0.0) == 1 and rate(99, 100, 0.0, 0.0) == 1

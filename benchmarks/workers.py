@@ -1,0 +1,180 @@
+"""The tools of `training.py`, each run by its own interpreter: `python workers.py TOOL FOLDER`.
+
+A worker reads one request a line and answers with one: {"steps": 3} trains three steps and gives their
+times, {"finish": true} writes the weights (W_enc (d, F), b_enc, W_dec (F, d), b_dec) and gives the peak
+memory. It calls the tool's own training step; only what a tool leaves to its caller is written here.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+Step = Callable[[torch.Tensor], None]
+Weights = Callable[[], dict[str, torch.Tensor]]
+
+
+def initial(s: dict[str, Any]) -> torch.Tensor:
+    """Unit decoder rows that every tool starts from, (F, d)."""
+    generator = torch.Generator().manual_seed(s["seed"])
+    rows = torch.randn(s["width"], s["d"], generator=generator)
+    return rows / rows.norm(dim=1, keepdim=True)
+
+
+def unbraid(s: dict[str, Any], kernels: str = "auto") -> tuple[Step, Weights]:
+    """The trainer's own step, with its dead counters."""
+    from unbraid.sae.base import SAEConfig
+    from unbraid.sae.objective import StepContext
+    from unbraid.sae.registry import build
+    from unbraid.training.adam import Adam
+    from unbraid.training.step import stepper
+
+    sae = build(SAEConfig("topk", s["d"], s["width"], s["k"]))
+    with torch.no_grad():
+        sae.W_dec.copy_(initial(s))
+        sae.W_enc.copy_(initial(s).T)
+    move = stepper(sae, Adam(sae), kernels)  # type: ignore[arg-type]
+    silent, count = torch.zeros(s["width"], dtype=torch.int64), 0
+
+    def step(x: torch.Tensor) -> None:
+        nonlocal count
+        count += 1
+        report = move.step(x, x, StepContext(silent >= 10_000_000, 1.0, 1 / 32), count, s["lr"])
+        silent.add_(len(x))
+        silent[report.fired] = 0
+
+    return step, lambda: {name: w.detach().contiguous() for name, w in sae.named_parameters()}
+
+
+def saelens(s: dict[str, Any]) -> tuple[Step, Weights]:
+    """SAELens's `SAETrainer.step`."""
+    from sae_lens.config import LoggingConfig, SAETrainerConfig
+    from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=s["d"], d_sae=s["width"], k=s["k"]))
+    with torch.no_grad():
+        sae.W_dec.copy_(initial(s))
+        sae.W_enc.copy_(initial(s).T)
+        sae.b_enc.zero_()
+        sae.b_dec.zero_()
+    config = SAETrainerConfig(
+        total_training_samples=10**9, train_batch_size_samples=s["batch"], lr=s["lr"], lr_end=s["lr"],
+        logger=LoggingConfig(log_to_wandb=False),
+    )  # fmt: skip
+    trainer: Any = SAETrainer(config, sae, iter(()))
+
+    def step(x: torch.Tensor) -> None:
+        trainer.step(x)
+        trainer.n_training_steps += 1
+
+    def weights() -> dict[str, torch.Tensor]:
+        # Its codes are multiplied by the decoder rows' lengths before the k largest are chosen.
+        found = {name: w.detach().clone() for name, w in sae.named_parameters()}
+        if sae.cfg.rescale_acts_by_decoder_norm:
+            norms = found["W_dec"].norm(dim=1)
+            found["W_enc"], found["b_enc"] = found["W_enc"] * norms, found["b_enc"] * norms
+            found["W_dec"] = found["W_dec"] / norms[:, None]
+        return {name: w.contiguous() for name, w in found.items()}
+
+    return step, weights
+
+
+def dictionary_learning(s: dict[str, Any]) -> tuple[Step, Weights]:
+    """dictionary_learning's `TopKTrainer.update`."""
+    from dictionary_learning.trainers.top_k import TopKTrainer
+
+    trainer = TopKTrainer(
+        steps=10**6, activation_dim=s["d"], dict_size=s["width"], k=s["k"], layer=0, lm_name="none",
+        lr=s["lr"], warmup_steps=0, device="cpu", seed=s["seed"],
+    )  # fmt: skip
+    ae = trainer.ae
+    with torch.no_grad():
+        ae.decoder.weight.copy_(initial(s).T)
+        ae.encoder.weight.copy_(initial(s))
+    count = 0
+
+    def step(x: torch.Tensor) -> None:
+        nonlocal count
+        trainer.update(count, x)
+        count += 1
+
+    return step, lambda: {
+        "W_enc": ae.encoder.weight.detach().T.contiguous(), "b_enc": ae.encoder.bias.detach(),
+        "W_dec": ae.decoder.weight.detach().T.contiguous(), "b_dec": ae.b_dec.detach(),
+    }  # fmt: skip
+
+
+def sparsify(s: dict[str, Any]) -> tuple[Step, Weights]:
+    """sparsify's autoencoder, with the body of its trainer's loop, written out."""
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    sae = SparseCoder(s["d"], SparseCoderConfig(num_latents=s["width"], k=s["k"]), device="cpu")
+    with torch.no_grad():
+        sae.W_dec.copy_(initial(s))
+        sae.encoder.weight.copy_(initial(s))
+    adam = torch.optim.Adam(sae.parameters(), lr=s["lr"])
+
+    def step(x: torch.Tensor) -> None:
+        sae.set_decoder_norm_to_unit_norm()
+        sae(x).fvu.backward()
+        sae.remove_gradient_parallel_to_decoder_directions()
+        adam.step()
+        adam.zero_grad()
+
+    def weights() -> dict[str, torch.Tensor]:
+        sae.set_decoder_norm_to_unit_norm()
+        return {
+            "W_enc": sae.encoder.weight.detach().T.contiguous(), "b_enc": sae.encoder.bias.detach(),
+            "W_dec": sae.W_dec.detach(), "b_dec": sae.b_dec.detach(),
+        }  # fmt: skip
+
+    return step, weights
+
+
+TOOLS: dict[str, Callable[[dict[str, Any]], tuple[Step, Weights]]] = {
+    "unbraid": unbraid,
+    "unbraid-plain": lambda s: unbraid(s, "plain"),
+    "saelens": saelens,
+    "dictionary_learning": dictionary_learning,
+    "sparsify": sparsify,
+}
+
+
+def main() -> None:
+    tool, folder = sys.argv[1], Path(sys.argv[2])
+    settings = json.loads((folder / "settings.json").read_text())
+    torch.set_num_threads(settings["threads"])
+    answers = sys.stdout
+    sys.stdout = sys.stderr  # whatever a tool prints is no answer
+    step, weights = TOOLS[tool](settings)
+    x = np.load(folder / "x.npy", mmap_mode="r")
+    batch, at = settings["batch"], 0
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request.get("finish"):
+            save_file(weights(), folder / tool / "weights.safetensors")
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            print(json.dumps({"peak_mb": peak}), file=answers, flush=True)
+            return
+        times = []
+        for _ in range(request["steps"]):
+            rows = torch.from_numpy(np.array(x[at : at + batch]))
+            at = (at + batch) % len(x)
+            started = time.perf_counter()
+            step(rows)
+            times.append(1000 * (time.perf_counter() - started))
+        print(json.dumps({"ms": times}), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

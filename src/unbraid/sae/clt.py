@@ -1,0 +1,153 @@
+"""Cross-layer transcoder: latents read one layer and write to it and all layers after it.
+
+    f_l = JumpReLU(x_l W_enc_l + b_enc_l),   ŷ_m = Σ_{l ≤ m} f_l W_dec_{l→m} + b_dec_m
+    loss = Σ_m ‖y_m − ŷ_m‖² + λ Σ_j tanh(c f_j ‖W_dec[j]‖) + μ Σ_{j dead} ReLU(θ_j − p_j) ‖W_dec[j]‖
+
+x_l: (n, d) before the MLP of layer l, y_m: (n, d_out) after that of layer m; both stand side by side,
+x: (n, L·d), y: (n, L·d_out). Latents come in L groups of d_sae / L; W_enc: (d, d_sae) holds each latent's
+own layer alone, W_dec: (d_sae, L·d_out) is 0 where a latent would write to an earlier layer. Ameisen et al.
+2025, "Circuit tracing: revealing computational graphs in language models". ‖W_dec[j]‖ is over all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unbraid.manifest.errors import UserError
+from unbraid.sae.base import SAEConfig
+from unbraid.sae.codes import CHUNK_ROWS, selected
+from unbraid.sae.elementwise import Entries, above
+from unbraid.sae.jumprelu import JumpReLUOptions, JumpReLUSAE
+from unbraid.sae.objective import StepContext, StepReport
+from unbraid.sae.options import EDGE
+from unbraid.sae.scaling import Scaling
+from unbraid.sae.transcoder import linear_map
+
+
+@dataclass(frozen=True)
+class CLTOptions(JumpReLUOptions):
+    """JumpReLU's options, with the sparsity term of the paper."""
+
+    __pydantic_config__ = EDGE
+
+    penalty: Literal["step", "tanh"] = "tanh"
+    """The sparsity term S."""
+    through_encoder: bool = True
+    """Whether the window's gradient also reaches pre-activations, and so encoder and biases."""
+
+
+class CrossLayerTranscoder(JumpReLUSAE):
+    """A transcoder for all layers together."""
+
+    Options = CLTOptions
+    reads = "pairs"
+
+    def __init__(self, config: SAEConfig) -> None:
+        super().__init__(config)
+        self.layers = len(config.blocks)
+        if self.layers < 2 or len(set(config.blocks)) > 1 or sum(config.blocks) != config.d_in:
+            raise UserError(
+                "a cross-layer transcoder reads two layers or more of the same size; their blocks are "
+                f"{', '.join(map(str, config.blocks)) or 'missing'} in an input of {config.d_in}"
+            )
+        if config.d_sae % self.layers or self.b_dec.numel() % self.layers:
+            raise UserError(
+                f"a cross-layer transcoder over {self.layers} layers needs a width that they divide, not "
+                f"{config.d_sae}; change --width"
+            )
+        self.W_enc = nn.Parameter(torch.zeros(config.blocks[0], config.d_sae))
+        layer_of = torch.arange(self.layers).repeat_interleave(config.d_sae // self.layers)
+        writes = layer_of[:, None] <= torch.arange(self.layers)[None, :]  # (d_sae, L)
+        allowed = writes.repeat_interleave(self.b_dec.numel() // self.layers, dim=1)
+        self.register_buffer("allowed", allowed, persistent=False)
+        self.register_buffer("layer_of", layer_of, persistent=False)
+
+    allowed: Tensor
+    """Where W_dec may differ from 0, (d_sae, L·d_out) booleans."""
+    layer_of: Tensor
+    """The layer that each latent reads, (d_sae,)."""
+
+    def centred(self, x: Tensor) -> Tensor:
+        """x as it is: the decoder's bias belongs to other sites."""
+        return x.to(self.b_dec.dtype)
+
+    def _groups(self) -> list[tuple[Tensor, Tensor]]:
+        """Encoder (d, d_sae / L) and bias of each layer."""
+        each = self.config.d_sae // self.layers
+        return list(zip(self.W_enc.split(each, dim=1), self.b_enc.split(each), strict=True))
+
+    def pre_activations(self, x: Tensor) -> Tensor:
+        """Every latent's pre-activation at its own layer, (n, d_sae)."""
+        parts = self.centred(x).chunk(self.layers, dim=1)
+        found = [torch.addmm(b, part, W) for part, (W, b) in zip(parts, self._groups(), strict=True)]
+        return torch.cat(found, dim=1)
+
+    def _above(self, x: Tensor, edge: Tensor) -> Entries:
+        """Layer by layer, so that each sparse product knows of its layer's latents alone."""
+        each = self.config.d_sae // self.layers
+        pre: list[Tensor] = []
+        latents: list[Tensor] = []
+        real: list[Tensor] = []
+        for layer, (part, (W, b)) in enumerate(
+            zip(self.centred(x).chunk(self.layers, dim=1), self._groups(), strict=True)
+        ):
+            with torch.no_grad():
+                chunks = (torch.addmm(b, rows, W) for rows in part.split(CHUNK_ROWS))
+                own = edge[layer * each : (layer + 1) * each]
+                index, value, is_real = above(chunks, own)
+            pre.append(selected(part, W, b, index, value))
+            latents.append(index + layer * each)
+            real.append(is_real)
+        return Entries(torch.cat(pre, dim=1), torch.cat(latents, dim=1), torch.cat(real, dim=1))
+
+    def backward(self, x: Tensor, target: Tensor, context: StepContext) -> StepReport:
+        """JumpReLU's objective; nothing is written to earlier layers."""
+        report = super().backward(x, target, context)
+        assert self.W_dec.grad is not None
+        self.W_dec.grad *= self.allowed
+        return report
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """No writing to earlier layers, then as JumpReLU."""
+        self.W_dec.mul_(self.allowed)
+        super().constrain()
+
+    def reading_directions(self, x: Tensor, target: Tensor) -> Tensor:
+        """For each latent the direction at its layer that predicts what it writes, (d, d_sae)."""
+        parts = x.chunk(self.layers, dim=1)
+        rows = self.W_dec.chunk(self.layers, dim=0)
+        found = [linear_map(part, target) @ row.T for part, row in zip(parts, rows, strict=True)]
+        return torch.cat(found, dim=1)
+
+    @torch.no_grad()
+    def fold(self, source: Scaling, target: Scaling) -> None:
+        """As every autoencoder, each latent with its own layer's scaling."""
+        mean = (source.mean * source.scale).view(self.layers, -1)[self.layer_of]  # (d_sae, d)
+        self.b_enc.sub_((mean * self.W_enc.T).sum(dim=1)).div_(target.unit)
+        self.W_enc.mul_(source.scale.view(self.layers, -1)[self.layer_of].T / target.unit)
+        self.W_dec.mul_(target.unit / target.scale)
+        self.b_dec.div_(target.scale).add_(target.mean)
+        self.threshold.div_(target.unit)
+
+    @torch.no_grad()
+    def revive(self, latents: Tensor, x: Tensor, target: Tensor) -> None:
+        """As every autoencoder, with what each latent may read and write."""
+        write = (target - self.b_dec) * self.allowed[latents]
+        self.W_dec[latents] = F.normalize(write, dim=1)
+        read = x.view(len(x), self.layers, -1)[torch.arange(len(x)), self.layer_of[latents]]
+        self.W_enc[:, latents] = F.normalize(read, dim=1).T * 0.2 * self.W_enc.norm(dim=0).mean()
+        self.b_enc[latents] = 0.0
+
+    def probe(self, latents: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Raises UserError: an Edit reads and writes one site."""
+        raise UserError(
+            "a cross-layer transcoder's latent reads one site and writes several others but an edit acts at "
+            "one, so it cannot be edited; train an autoencoder on the site to be changed"
+        )

@@ -1,0 +1,234 @@
+"""A foreign format as one row of a table, and the little code that reads any autoencoder by its row."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unbraid.manifest.errors import IntegrityError, UserError
+from unbraid.sae.base import SAE, SAEConfig
+from unbraid.sae.formats.folds import Fold, Found, State
+from unbraid.sae.registry import build
+
+
+@dataclass(frozen=True)
+class Field:
+    """Where a field of `SAEConfig` is said."""
+
+    at: str
+    """Dotted name in the configuration, or "path" for the path of the weights file."""
+    pattern: str = "(.+)"
+    """Regular expression that is searched for in its text."""
+    template: str = r"\1"
+    """The field, from what the pattern caught."""
+
+
+@dataclass(frozen=True)
+class Must:
+    """What the configuration has to say for the autoencoder to be one of ours."""
+
+    at: str
+    """Dotted name of the field."""
+    values: tuple[Any, ...]
+    """The values that are honoured; None is a missing field."""
+    otherwise: str
+    """What another value means, as the end of a sentence."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One architecture of a format."""
+
+    architecture: str
+    """Ours, by its name in the registry."""
+    tensors: Mapping[str, str]
+    """Their names of our tensors, read as `named` does."""
+    centred: bool | str = True
+    """apply_b_dec_to_input, or the field that says so (false when missing)."""
+    folds: tuple[Fold, ...] = ()
+    """What is folded into the weights, in this order."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one tool stores autoencoders."""
+
+    name: str
+    """What the tool is called."""
+    weights: tuple[str, ...]
+    """Patterns of the weights file's path in the folder; the first that a file matches is taken."""
+    config: str
+    """Name of the configuration file; empty where there is none."""
+    marks: tuple[str, ...]
+    """Fields (without a configuration: tensors) by whose presence the format is known."""
+    variants: Mapping[str, Variant]
+    """The architectures, by the value that names them."""
+    kind: str = ""
+    """Field whose value names the architecture; empty where there is one only."""
+    default: str = ""
+    """The value where the field is missing."""
+    fields: Mapping[str, tuple[Field, ...]] = field(default_factory=dict[str, "tuple[Field, ...]"])
+    """Where site, k, model_name are said, and d_in, d_sae, which are only checked; the first place counts."""
+    must: tuple[Must, ...] = ()
+    """Conditions."""
+    same: tuple[str, str] | None = None
+    """Two fields, input and output, that agree unless it is a transcoder."""
+    ignored: tuple[str, ...] = ()
+    """Patterns of tensors that do not change the codes or the reconstruction."""
+
+
+def interpret(row: Format, found: Found, k: int | None = None) -> SAE:
+    """The autoencoder that a row finds in the files; `k` says what a TopK's files do not.
+
+    Raises UserError, naming file and field, for what is not supported, and IntegrityError for missing tensors
+    and shapes that do not fit.
+    """
+    _check(row, found)
+    variant = _variant(row, found)
+    _know_all(row, variant, found)
+    state = _take(variant, found)
+    d_in, d_sae = state["W_enc"].shape
+    for name, size in (("d_in", d_in), ("d_sae", d_sae)):
+        said = _field(row, name, found)
+        if said not in ("", "0", str(size)):
+            raise IntegrityError(
+                f"{found.weights}: W_enc means {name} {size} but {found.config} says {said!r}"
+            )
+    centred = variant.centred
+    config = SAEConfig(
+        architecture=variant.architecture,
+        d_in=d_in,
+        d_sae=d_sae,
+        k=_k(row, found, k) if variant.architecture == "topk" else 0,
+        site=_field(row, "site", found),
+        model_name=_field(row, "model_name", found),
+        apply_b_dec_to_input=centred if isinstance(centred, bool) else found.get(centred) is True,
+        metadata={"format": row.name},
+    )
+
+    def fold(state: State) -> None:
+        for one in variant.folds:
+            one(state, found)
+
+    return assemble(config, state, found.weights, fold)
+
+
+def assemble(config: SAEConfig, state: State, path: Path, fold: Callable[[State], None] | None = None) -> SAE:
+    """The autoencoder with these weights after `fold`, frozen.
+
+    Raises IntegrityError, naming `path`, where a shape is not what the configuration means. A threshold
+    beside a TopK autoencoder, which does not encode with it, is kept for its edits.
+    """
+    sae = build(config)
+    shapes = {name: tensor.shape for name, tensor in sae.state_dict().items()}
+    shapes.setdefault("threshold", torch.Size([config.d_sae]))
+    for name, tensor in state.items():
+        if tensor.shape != shapes[name]:
+            raise IntegrityError(
+                f"{path}: {name} has shape {tuple(tensor.shape)} where {tuple(shapes[name])} is meant; "
+                "fetch or make it again"
+            )
+        if tensor.isnan().any():
+            raise IntegrityError(f"{path}: {name} holds values that are not numbers; fetch or make it again")
+    if fold is not None:
+        fold(state)
+    if "threshold" in state and "threshold" not in sae.state_dict():
+        sae.register_buffer("threshold", torch.zeros(config.d_sae))
+    sae.load_state_dict(state)
+    return sae.requires_grad_(False)
+
+
+def _variant(row: Format, found: Found) -> Variant:
+    kind = found.get(row.kind) if row.kind else ""
+    kind = row.default if kind is None else kind
+    if not isinstance(kind, str) or kind not in row.variants:
+        names = ", ".join(row.variants)
+        raise UserError(
+            f"{found.config}: {row.kind} is {kind!r}, which is not supported for {row.name}; it must be one "
+            f"of {names}"
+        )
+    return row.variants[kind]
+
+
+def _check(row: Format, found: Found) -> None:
+    for must in row.must:
+        if (value := found.get(must.at)) not in must.values:
+            raise UserError(f"{found.config}: {must.at} is {value!r}: {must.otherwise}")
+    if row.same:
+        read, written = (found.get(name) for name in row.same)
+        if read and written and read != written:
+            raise UserError(
+                f"{found.config} describes a transcoder ({row.same[0]} and {row.same[1]} differ); only "
+                f"autoencoders of {row.name} are supported"
+            )
+
+
+def _know_all(row: Format, variant: Variant, found: Found) -> None:
+    """Refuse a tensor that is not read: it might change what the autoencoder does."""
+    taken = {name for theirs in variant.tensors.values() for name, _ in named(theirs)}
+    for name in found.tensors:
+        if name not in taken and not any(fnmatchcase(name, pattern) for pattern in row.ignored):
+            raise UserError(
+                f"{found.weights} has a tensor {name!r}, which is no part of a {variant.architecture} "
+                f"autoencoder of {row.name}; its kind is not supported"
+            )
+
+
+def named(theirs: str) -> list[tuple[str, bool]]:
+    """The names that an entry of `Variant.tensors` allows, each with whether it is ours transposed.
+
+    "b_D | decoder.bias | 0" is either, or zeros where both are missing; "encoder.weight.T" is their
+    encoder.weight, transposed.
+    """
+    return [(name.removesuffix(".T"), name.endswith(".T")) for name in theirs.split(" | ")]
+
+
+def _take(variant: Variant, found: Found) -> State:
+    """Their tensors as ours, in float32; one threshold for all becomes one for each latent."""
+    state: State = {}
+    for ours, theirs in variant.tensors.items():
+        there = [(found.tensors[name], turned) for name, turned in named(theirs) if name in found.tensors]
+        if there:
+            tensor, turned = there[0]
+            state[ours] = (tensor.T if turned and tensor.ndim == 2 else tensor).float().contiguous()
+        elif not theirs.endswith(" | 0"):
+            raise IntegrityError(
+                f"{found.weights} lacks the tensor {named(theirs)[0][0]}; fetch or make it again"
+            )
+    if state["W_enc"].ndim != 2:
+        shape = tuple(state["W_enc"].shape)
+        raise IntegrityError(
+            f"{found.weights}: {named(variant.tensors['W_enc'])[0][0]} has shape {shape} where a matrix is "
+            "meant; fetch or make it again"
+        )
+    d_in, d_sae = state["W_enc"].shape
+    state = {"b_enc": torch.zeros(d_sae), "b_dec": torch.zeros(d_in), **state}
+    if "threshold" in state and state["threshold"].numel() == 1:
+        state["threshold"] = state["threshold"].reshape(1).repeat(d_sae)
+    return state
+
+
+def _field(row: Format, name: str, found: Found) -> str:
+    """The text of a field; empty where the files do not say."""
+    for place in row.fields.get(name, ()):
+        value = found.get(place.at)
+        if isinstance(value, str | int) and (caught := re.search(place.pattern, str(value))):
+            return caught.expand(place.template)
+    return ""
+
+
+def _k(row: Format, found: Found, given: int | None) -> int:
+    said = _field(row, "k", found)
+    if said.isdigit() and given not in (None, int(said)):
+        raise UserError(f"{found.config} says k is {said}, not {given}; leave k out")
+    if said.isdigit() or given is not None:
+        return int(said) if said.isdigit() else int(given or 0)
+    raise UserError(
+        f"{found.weights} does not say how many latents fire (k), nor does its folder's name; give k"
+    )

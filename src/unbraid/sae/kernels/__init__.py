@@ -1,0 +1,1 @@
+"""The arithmetic of a training step on sparse codes: plain PyTorch to read, compiled loops to run."""

@@ -1,0 +1,190 @@
+"""The compiled loops on tensors: what `sae.codes` calls for float32 on the processor.
+
+Work is cut into chunks of rows or ranges of latents of about equal work, and run on torch's number of
+threads. No sum crosses a chunk, so results do not depend on how many threads there are.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from unbraid.sae.kernels import loops
+
+T = TypeVar("T")
+F32, I32, I64 = NDArray[np.float32], NDArray[np.int32], NDArray[np.int64]
+Precision = Literal["int8", "float32"]
+CHUNK_ROWS = 512
+"""Rows whose dense products exist at the same time, for each thread."""
+NARROW = 16
+"""Width below which the product is in float32: nothing is to gain, and torch 2.13 multiplies int8 matrices
+with an inner size of 1 wrongly where the second is transposed."""
+PARTS = 64
+"""Ranges of about equal work that the latents are split into."""
+ROW_COST = 6
+"""Work of passing over a latent's rows that no token fired, in units of one entry."""
+
+
+def precision() -> Precision:
+    """What the rough product is computed in: int8 where the processor multiplies it faster than float32
+    (AVX-512 VNNI), else float32."""
+    supported = getattr(torch.cpu, "_is_vnni_supported", None)
+    return "int8" if supported is not None and supported() else "float32"
+
+
+def side_by_side(work: Callable[[int], T], items: Iterable[int]) -> list[T]:
+    """work(item) of each, in order, on torch's number of threads, each of which has torch to itself."""
+    items, threads = list(items), torch.get_num_threads()
+    if threads == 1 or len(items) == 1:
+        return [work(item) for item in items]
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(work, items))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def fits(*tensors: Tensor) -> bool:
+    """Whether these are what the loops read: float32 in the processor's memory."""
+    return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+
+
+def array(tensor: Tensor) -> NDArray[Any]:
+    """The tensor's memory, copied only where it is not contiguous."""
+    return tensor.detach().contiguous().numpy()
+
+
+@dataclass(frozen=True, eq=False)
+class Lists:
+    """Entries grouped by latent: latent j's stand at first[j]:first[j + 1]; those of value 0 in no list."""
+
+    first: I64
+    """(F + 1,)."""
+    rows: I32
+    """Which row each belongs to."""
+    entries: I32
+    """Where it stands among the codes."""
+
+    @classmethod
+    def of(cls, starts: I64, latents: I32, values: F32, d_sae: int) -> Lists:
+        """Group the entries `latents`, `values` of rows that begin at `starts`."""
+        first = np.empty(d_sae + 1, np.int64)
+        rows, entries = np.empty(len(latents), np.int32), np.empty(len(latents), np.int32)
+        loops.group_by_latent(starts, latents, values, first, rows, entries)
+        return cls(first, rows, entries)
+
+    def cuts(self) -> I64:
+        """Where to cut the latents into ranges of about equal work, (PARTS + 1,)."""
+        work = self.first + ROW_COST * np.arange(len(self.first))
+        return np.searchsorted(work, np.linspace(0, work[-1], PARTS + 1)).clip(max=len(self.first) - 1)
+
+
+class Screen:
+    """A rough copy of an encoder in which the best latents are looked for; the codes found are exact."""
+
+    def __init__(self, W_enc: F32, b_enc: F32, kind: Precision | None = None) -> None:
+        """W_enc: (F, d), one latent a row; b_enc: (F,)."""
+        F, d = W_enc.shape
+        self.W_enc, self.b_enc = W_enc, b_enc
+        self.kind: Precision = "float32" if d < NARROW else kind or precision()
+        self.shadow, self.unit = torch.empty(F, d, dtype=torch.int8), np.ones(F, np.float32)
+        self.local = threading.local()
+        if self.kind == "int8":
+            edges = np.linspace(0, F, PARTS + 1).astype(np.int64)
+            side_by_side(lambda part: self.refresh(edges[part], edges[part + 1]), range(PARTS))
+
+    def refresh(self, begin: int, end: int) -> None:
+        """Copy latents begin … end − 1 again, after their weights have changed."""
+        loops.quantise_rows(self.W_enc[begin:end], self.shadow.numpy()[begin:end], self.unit[begin:end])
+
+    def top_k(self, x: Tensor, latents: I32, values: F32) -> None:
+        """Fill latents and values (m, k) with the k largest pre-activations of x (m, d), m ≤ CHUNK_ROWS."""
+        k, F = latents.shape[1], len(self.b_enc)
+        product, scale, unit = self.product(x)
+        loops.top_k_screened(
+            product.numpy(), scale, unit, x.numpy(), self.W_enc, self.b_enc, min(F, k + k // 2 + 8),
+            latents, values,
+        )  # fmt: skip
+
+    def product(self, x: Tensor) -> tuple[Tensor, F32, F32]:
+        """Roughly x W_encᵀ, (m, F), and its units: one for each row (m,) times one for each latent (F,)."""
+        m, d = x.shape
+        scale = np.ones(m, np.float32)
+        if self.kind == "float32":
+            return x @ torch.from_numpy(self.W_enc).T, scale, np.ones_like(self.unit)
+        rough = torch.empty(m, d, dtype=torch.int8)
+        loops.quantise_rows(x.numpy(), rough.numpy(), scale)
+        product = self._room()[:m]
+        torch._int_mm(rough, self.shadow.T, out=product)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
+        return product, scale, self.unit
+
+    def _room(self) -> Tensor:
+        """This thread's own (CHUNK_ROWS, F) int32, made once: a fresh one's pages cost more than its use."""
+        kept = getattr(self.local, "product", None)
+        if kept is None:
+            kept = self.local.product = torch.empty(CHUNK_ROWS, len(self.b_enc), dtype=torch.int32)
+        return kept
+
+
+def top_k_pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values and indices (n, k) of the k largest of x W_encᵀ + b_enc; x: (n, d), W_enc: (F, d)."""
+    x, screen = x.detach().contiguous(), Screen(array(W_enc), array(b_enc))
+    latents, values = np.empty((len(x), k), np.int32), np.empty((len(x), k), np.float32)
+
+    def some(begin: int) -> None:
+        rows = slice(begin, begin + CHUNK_ROWS)
+        screen.top_k(x[rows], latents[rows], values[rows])
+
+    side_by_side(some, range(0, len(x), CHUNK_ROWS))
+    return torch.from_numpy(values), torch.from_numpy(latents.astype(np.int64))
+
+
+def decode(indices: Tensor, values: Tensor, W_dec: Tensor) -> Tensor:
+    """Σ_k values[i, k] · W_dec[indices[i, k]] for each row i, (n, d); indices and values: (n, k)."""
+    table, latents, weights = array(W_dec), array(indices), array(values)
+    out = np.empty((len(latents), table.shape[1]), np.float32)
+
+    def some(begin: int) -> None:
+        rows = slice(begin, begin + CHUNK_ROWS)
+        loops.weighted_rows(latents[rows], weights[rows], table, out[rows])
+
+    side_by_side(some, range(0, len(out), CHUNK_ROWS))
+    return torch.from_numpy(out)
+
+
+def value_gradients(indices: Tensor, grad: Tensor, W_dec: Tensor) -> Tensor:
+    """grad[i] · W_dec[indices[i, k]] for every entry, (n, k); grad: (n, d)."""
+    table, latents, rows_of = array(W_dec), array(indices), array(grad)
+    out = np.empty(latents.shape, np.float32)
+
+    def some(begin: int) -> None:
+        rows = slice(begin, begin + CHUNK_ROWS)
+        loops.row_products(latents[rows], rows_of[rows], table, out[rows])
+
+    side_by_side(some, range(0, len(out), CHUNK_ROWS))
+    return torch.from_numpy(out)
+
+
+def sum_by_latent(indices: Tensor, weights: Tensor, rows: Tensor, d_sae: int) -> Tensor:
+    """For each latent j, Σ weights[i, k] · rows[i] over all (i, k) with indices[i, k] = j: (d_sae, d)."""
+    n, k = indices.shape
+    latents, values = array(indices).astype(np.int32).reshape(-1), array(weights).reshape(-1)
+    lists, table = Lists.of(np.arange(n + 1) * k, latents, values, d_sae), array(rows)
+    out, cuts = np.empty((d_sae, table.shape[1]), np.float32), lists.cuts()
+
+    def some(part: int) -> None:
+        loops.sums_by_latent(
+            cuts[part], cuts[part + 1], lists.first, lists.rows, lists.entries, values, table, out
+        )
+
+    side_by_side(some, range(PARTS))
+    return torch.from_numpy(out)

@@ -1,0 +1,75 @@
+"""Matryoshka: BatchTopK whose first latents have to reconstruct on their own, at several nested widths.
+
+    loss = 1/M Σ_m ‖x − (f_{<w_m} W_dec_{<w_m} + b_dec)‖²,   w_1 < … < w_M = d_sae
+
+x: (n, d_in), f: (n, d_sae) as BatchTopK's. Bussmann et al. 2025, "Learning multi-level features with
+Matryoshka sparse autoencoders", arXiv 2503.17547 (who add the errors up; the mean keeps the loss in units
+of FVU and AuxK's weight comparable). Early latents stay general because the later ones, which would
+specialise them, are not there to fill the holes. Used and saved as JumpReLU, like BatchTopK.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from torch import Tensor
+
+from unbraid.manifest.errors import UserError
+from unbraid.sae.base import SAEConfig
+from unbraid.sae.batchtopk import BatchTopKSAE
+from unbraid.sae.codes import SparseCodes, decode
+from unbraid.sae.jumprelu import JumpReLUSAE
+from unbraid.sae.options import EDGE, Count
+
+
+@dataclass(frozen=True)
+class MatryoshkaOptions:
+    """How the latents are nested."""
+
+    __pydantic_config__ = EDGE
+
+    widths: tuple[Count, ...] = ()
+    """Widths below d_sae at which the first latents reconstruct on their own, rising; when left out, d_sae
+    divided by 16, 8, 4 and 2."""
+
+
+class MatryoshkaSAE(BatchTopKSAE):
+    """Latents in an order, from general to special."""
+
+    Options = MatryoshkaOptions
+    options: MatryoshkaOptions
+
+    def __init__(self, config: SAEConfig) -> None:
+        super().__init__(config)
+        given = self.options.widths or [config.d_sae // part for part in (16, 8, 4, 2)]
+        widths = [width for width in given if width or self.options.widths]
+        if any(low >= high for low, high in pairwise((*widths, config.d_sae))):
+            raise UserError(
+                f"the nested widths {', '.join(map(str, widths))} must rise and stay below the width "
+                f"{config.d_sae}; change --set widths"
+            )
+        self.widths = (*widths, config.d_sae)
+
+    def reconstruction_loss(self, codes: SparseCodes, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean over widths, and the error of all latents together."""
+        left = target - self.b_dec - self.bypass(x)
+        loss = target.new_zeros(())
+        for low, high in pairwise((0, *self.widths)):
+            left = left - decode(_within(codes, low, high), self.W_dec)
+            loss = loss + left.square().sum()
+        return loss / (len(self.widths) * target.numel()), left
+
+    def ready_form(self, config: SAEConfig) -> JumpReLUSAE:
+        """JumpReLU, with the widths on record."""
+        return super().ready_form(
+            replace(config, metadata={**config.metadata, "matryoshka_widths": list(self.widths)})
+        )
+
+
+def _within(codes: SparseCodes, low: int, high: int) -> SparseCodes:
+    """The entries of latents low to high − 1, in as many columns as the busiest row needs."""
+    kept = (codes.indices >= low) & (codes.indices < high) & (codes.values > 0)
+    width = max(int(kept.sum(dim=1).max()), 1)
+    order = kept.int().argsort(dim=1, descending=True, stable=True)[:, :width]
+    return SparseCodes(codes.indices.gather(1, order), codes.values.gather(1, order) * kept.gather(1, order))

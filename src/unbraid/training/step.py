@@ -1,0 +1,52 @@
+"""One optimiser step, in the form to read; `compiled` has the same one in compiled loops."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from unbraid.sae.base import SAE
+from unbraid.sae.objective import StepContext, StepReport
+from unbraid.training.adam import Adam
+from unbraid.training.compiled import CompiledStep
+
+Kernels = Literal["auto", "plain"]
+
+
+class Stepper(Protocol):
+    """Moves an autoencoder by one batch after the other."""
+
+    def step(self, x: Tensor, target: Tensor, context: StepContext, number: int, lr: float) -> StepReport:
+        """Learn from activations x (n, d_in) and targets (n, d_out); `number` counts from 1."""
+        ...
+
+    def refresh(self) -> None:
+        """Take notice of weights that were changed from outside."""
+        ...
+
+
+class PlainStep:
+    """PyTorch's own operations, for every architecture and device."""
+
+    def __init__(self, sae: SAE, optimizer: Adam) -> None:
+        self.sae, self.optimizer = sae, optimizer
+
+    def step(self, x: Tensor, target: Tensor, context: StepContext, number: int, lr: float) -> StepReport:
+        """Gradients, without what only changes lengths; Adam; unit decoder rows again."""
+        self.optimizer.zero_grad()
+        report = self.sae.backward(x, target, context)
+        self.sae.constrain_gradient()
+        self.optimizer.step(number, lr)
+        self.sae.constrain()
+        return report
+
+    def refresh(self) -> None:
+        """Nothing is kept that could be out of date."""
+
+
+def stepper(sae: SAE, optimizer: Adam, kernels: Kernels = "auto") -> Stepper:
+    """The fastest step that there is for an autoencoder, or the plain one."""
+    if kernels == "auto" and CompiledStep.serves(sae):
+        return CompiledStep(sae, optimizer)
+    return PlainStep(sae, optimizer)

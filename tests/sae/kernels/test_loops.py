@@ -1,0 +1,200 @@
+"""The compiled loops against plain PyTorch, over shapes, sparsities and ties."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unbraid.sae.kernels import loops, reference
+
+SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 40), st.integers(1, 150), st.integers(0, 10_000))
+
+
+def _normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def _codes(n: int, F: int, k: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct latents in each row, a third of the values 0."""
+    rng = np.random.default_rng(seed)
+    latents = np.stack([rng.permutation(F)[:k] for _ in range(n)]).astype(np.int32)
+    values = rng.random((n, k), np.float32) * (rng.random((n, k)) < 0.67)
+    return latents, values.astype(np.float32)
+
+
+def _grouped(latents: np.ndarray, values: np.ndarray, F: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    n, k = latents.shape
+    first = np.empty(F + 1, np.int64)
+    rows, entries = np.empty(n * k, np.int32), np.empty(n * k, np.int32)
+    starts = np.arange(0, n * k + 1, k)
+    loops.group_by_latent(starts, latents.reshape(-1), values.reshape(-1), first, rows, entries)
+    return first, rows, entries
+
+
+@given(SHAPES)
+@settings(max_examples=40, deadline=None)
+def test_a_row_is_quantised_to_half_a_unit(shape: tuple[int, int, int, int]) -> None:
+    n, d, _, seed = shape
+    x = _normal(seed, n, d) * 10.0 ** np.random.default_rng(seed).integers(-6, 6, (n, 1)).astype(np.float32)
+    x[0] = 0
+    rough, scale = np.empty((n, d), np.int8), np.empty(n, np.float32)
+    loops.quantise_rows(x, rough, scale)
+    assert np.abs(rough).max() <= 127 and (rough[0] == 0).all() and (scale > 0).all()
+    assert (np.abs(x - rough * scale[:, None]) <= 0.5001 * scale[:, None]).all()
+
+
+@given(SHAPES, st.integers(1, 12), st.sampled_from(["normal", "ties", "sorted"]))
+@settings(max_examples=80, deadline=None)
+def test_the_screened_top_k_is_the_top_k(shape: tuple[int, int, int, int], k: int, kind: str) -> None:
+    n, d, F, seed = shape
+    k = min(k, F)
+    x, W, b = _normal(seed, n, d), _normal(seed + 1, F, d), _normal(seed + 2, F)
+    if kind == "ties":
+        x, W, b = np.ones_like(x), np.ones_like(W), np.zeros_like(b)
+    elif kind == "sorted":
+        W[:] = np.linspace(-1, 1, F, dtype=np.float32)[:, None]
+    exact = (x @ W.T + b).astype(np.float32)
+    # A product in units so fine that the screen is as good as exact; F candidates leave nothing to chance.
+    product, unit = np.rint(exact * 2.0**20), np.full(F, 2.0**-20, np.float32)
+    latents, values = np.empty((n, k), np.int32), np.empty((n, k), np.float32)
+    for screened in {F, min(F, k + 8)}:
+        rows = np.ones(n, np.float32)
+        zero = np.zeros_like(b)
+        loops.top_k_screened(
+            (product - np.rint(b * 2.0**20)).astype(np.int32), rows, unit, x, W, b, screened, latents, values
+        )
+        wanted, best = reference.top_k(*map(torch.from_numpy, (x, W, b)), k)
+        np.testing.assert_allclose(np.sort(values)[:, ::-1], best.numpy(), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(np.take_along_axis(exact, latents, 1), values, rtol=1e-4, atol=1e-4)
+        assert all(len(set(row)) == k for row in latents.tolist()) and (zero == 0).all()
+        if kind == "normal" and F > 1:
+            gap = np.sort(exact)[:, ::-1]
+            clear = gap[:, k - 1] - gap[:, min(k, F - 1)] > 1e-3
+            for row in np.flatnonzero(clear) if k < F else ():
+                assert set(latents[row]) == set(wanted[row].tolist())
+
+
+def test_an_int8_screen_finds_the_top_k_of_uneven_rows() -> None:
+    n, d, F, k = 64, 48, 1024, 8
+    x = _normal(0, n, d) * np.geomspace(1, 30, d, dtype=np.float32)  # a few dimensions far larger than others
+    W, b = _normal(1, F, d), np.zeros(F, np.float32)
+    rough, scale = torch.empty(n, d, dtype=torch.int8), np.empty(n, np.float32)
+    shadow, unit = torch.empty(F, d, dtype=torch.int8), np.empty(F, np.float32)
+    loops.quantise_rows(x, rough.numpy(), scale)
+    loops.quantise_rows(W, shadow.numpy(), unit)
+    product = (rough.int() @ shadow.int().T).numpy()
+    latents, values = np.empty((n, k), np.int32), np.empty((n, k), np.float32)
+    loops.top_k_screened(product, scale, unit, x, W, b, 20, latents, values)
+    wanted, _ = reference.top_k(*map(torch.from_numpy, (x, W, b)), k)
+    hits = sum(len(set(a) & set(c)) for a, c in zip(latents.tolist(), wanted.tolist(), strict=True))
+    assert hits >= 0.995 * n * k
+    np.testing.assert_allclose(values, np.take_along_axis(x @ W.T, latents.astype(np.int64), 1), rtol=1e-3)
+
+
+@given(SHAPES, st.integers(1, 8))
+@settings(max_examples=40, deadline=None)
+def test_error_and_value_gradients(shape: tuple[int, int, int, int], k: int) -> None:
+    n, d, F, seed = shape
+    k = min(k, F)
+    latents, values = _codes(n, F, k, seed)
+    W, b, target = _normal(seed, F, d), _normal(seed + 1, d), _normal(seed + 2, n, d)
+    error, gradient = np.empty((n, d), np.float32), np.zeros(n * k, np.float32)
+    squared, starts = np.empty(n), np.arange(0, n * k + 1, k)
+    half = n // 2
+    for rows in (slice(0, half), slice(half, n)):
+        loops.decode_and_compare(
+            starts, latents.reshape(-1), values.reshape(-1), W, b, target[rows], rows.start, 0.25,
+            error[rows], gradient, squared[rows],
+        )  # fmt: skip
+    leaf = torch.from_numpy(values).requires_grad_()
+    wanted, entries = reference.decode_and_compare(
+        torch.from_numpy(latents).long(), leaf, *map(torch.from_numpy, (W, b, target))
+    )
+    (auto,) = torch.autograd.grad(0.5 * wanted.square().sum(), leaf)
+    torch.testing.assert_close(entries, auto, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(error, wanted.detach(), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(gradient.reshape(n, k), 0.25 * auto * (leaf != 0), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(squared, wanted.detach().square().sum(dim=1), rtol=1e-4, atol=1e-4)
+
+
+@given(SHAPES, st.integers(1, 8))
+@settings(max_examples=40, deadline=None)
+def test_lists_hold_every_entry_once_in_order(shape: tuple[int, int, int, int], k: int) -> None:
+    n, _, F, seed = shape
+    latents, values = _codes(n, F, min(k, F), seed)
+    first, rows, entries = _grouped(latents, values, F)
+    assert first[0] == 0 and first[-1] == (values != 0).sum()
+    for j in range(F):
+        mine = slice(first[j], first[j + 1])
+        want = np.flatnonzero((latents == j).any(axis=1) & ((latents == j) & (values != 0)).any(axis=1))
+        assert rows[mine].tolist() == want.tolist()
+        assert (latents.reshape(-1)[entries[mine]] == j).all()
+
+
+@given(SHAPES, st.integers(1, 8))
+@settings(max_examples=30, deadline=None)
+def test_weight_gradients_and_the_update(shape: tuple[int, int, int, int], k: int) -> None:
+    n, d, F, seed = shape
+    k = min(k, F)
+    latents, values = _codes(n, F, k, seed)
+    first, rows, entries = _grouped(latents, values, F)
+    x, error, gradient = _normal(seed, n, d), _normal(seed + 1, n, d), _normal(seed + 2, n, k)
+    d_enc, d_dec, d_bias = np.empty((F, d), np.float32), np.empty((F, d), np.float32), np.empty(F, np.float32)
+    lists = (first, rows, entries, values.reshape(-1), gradient.reshape(-1), x, error, 0.5)
+    for begin, end in ((0, F // 2), (F // 2, F)):
+        loops.weight_gradients(begin, end, *lists, d_enc, d_bias, d_dec)
+    tensors = [torch.from_numpy(t) for t in (values, gradient, x, error)]
+    enc, bias, dec = reference.weight_gradients(torch.from_numpy(latents), *tensors, F)
+    for found, wanted in ((d_enc, enc), (d_bias, bias), (d_dec, 0.5 * dec)):
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
+
+    W_enc, W_dec = _normal(seed + 3, F, d), _normal(seed + 4, F, d)
+    W_dec /= np.linalg.norm(W_dec, axis=1, keepdims=True)
+    moments = [np.abs(_normal(seed + 5 + i, F, d)) for i in range(4)]
+    extra = np.full(F, -1, np.int32)
+    extra[F // 2] = 0
+    more = _normal(seed + 9, 2, 1, d)
+    g_enc, g_dec = torch.from_numpy(d_enc.copy()), torch.from_numpy(d_dec.copy())
+    g_enc[F // 2] += torch.from_numpy(more[0, 0])
+    g_dec[F // 2] += torch.from_numpy(more[1, 0])
+    before = [torch.from_numpy(t.copy()) for t in (W_enc, W_dec, *moments)]
+    g_dec = reference.without_length(g_dec, before[1])
+    want_enc, *enc_moments = reference.adam(before[0], g_enc, before[2], before[3], 0.01, 3)
+    want_dec, *dec_moments = reference.adam(before[1], g_dec, before[4], before[5], 0.01, 3)
+    want_dec = want_dec / want_dec.norm(dim=1, keepdim=True)
+    back, shadow, unit = np.zeros(d, np.float32), np.empty((F, d), np.int8), np.empty(F, np.float32)
+    loops.update(
+        0, F, *lists, extra, more[0], more[1], W_enc, W_dec, *moments, d_bias, back, shadow, unit,
+        0.01 / (1 - 0.9**3), 1 / (1 - 0.999**3), 0.9, 0.999, 1e-8,
+    )  # fmt: skip
+    found = (W_enc, W_dec, *moments)
+    for mine, wanted in zip(found, (want_enc, want_dec, *enc_moments, *dec_moments), strict=True):
+        np.testing.assert_allclose(mine, wanted, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(back, bias.numpy() @ before[0].numpy(), rtol=1e-3, atol=1e-3)
+    assert (np.abs(W_enc - shadow * unit[:, None]) <= 0.5001 * unit[:, None]).all()
+
+
+def test_what_is_not_a_number_stays_visible() -> None:
+    W, b = np.ones((3, 4), np.float32), np.zeros(4, np.float32)
+    target = np.full((1, 4), np.nan, np.float32)
+    error, squared = np.empty((1, 4), np.float32), np.empty(1)
+    codes = (np.array([0, 1]), np.zeros(1, np.int32), np.ones(1, np.float32))
+    loops.decode_and_compare(*codes, W, b, target, 0, 1.0, error, np.zeros(1, np.float32), squared)
+    assert np.isnan(squared).all()
+
+
+@pytest.mark.parametrize("size", [1, 2, 31, 32, 33, 1000])
+def test_every_width_is_searched_to_its_end(size: int) -> None:
+    """The best latent is found wherever it stands, also in a last group that is not full."""
+    x, bias = np.ones((1, 1), np.float32), np.zeros(size, np.float32)
+    for at in {0, size // 2, size - 1}:
+        W = np.zeros((size, 1), np.float32)
+        W[at] = 5
+        latents, values = np.empty((1, 1), np.int32), np.empty((1, 1), np.float32)
+        product = W.T.astype(np.int32).copy()
+        ones = np.ones(size, np.float32)
+        loops.top_k_screened(product, np.ones(1, np.float32), ones, x, W, bias, 1, latents, values)
+        assert latents[0, 0] == at and values[0, 0] == 5

@@ -1,0 +1,464 @@
+"""Other tools' files, written here in their layout, against their formulas, in their layout too."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from unbraid.manifest.errors import IntegrityError, UserError
+from unbraid.sae.base import SAE
+from unbraid.sae.formats.detect import detect
+from unbraid.sae.formats.foreign import FORMATS
+
+D, F, K = 6, 16, 3
+NORM = 7.0
+"""Mean norm of the data, where a format stores one."""
+
+
+def _weights() -> dict[str, Tensor]:
+    """E (d, F), e (F,), W (F, d) with rows of unequal length, b (d,), t (F,) above 0; always the same."""
+    g = torch.Generator().manual_seed(3)
+    w = {"E": (D, F), "e": (F,), "W": (F, D), "b": (D,), "t": (F,)}
+    out = {name: torch.randn(shape, generator=g) for name, shape in w.items()}
+    return {**out, "t": out["t"].abs() / 2 + 0.05}
+
+
+P = _weights()
+
+
+def _x() -> Tensor:
+    return 2 * torch.randn(60, D, generator=torch.Generator().manual_seed(4))
+
+
+def _top(p: Tensor) -> Tensor:
+    values, indices = p.topk(K, dim=-1)
+    return torch.zeros_like(p).scatter(-1, indices, values.relu())
+
+
+def _jump(p: Tensor, threshold: Tensor | float) -> Tensor:
+    return p.relu() * (p > threshold)
+
+
+def _put(folder: Path, tensors: Mapping[str, Any], weights: str, config: Any = None, name: str = "") -> Path:
+    """Write a tool's files and return the folder."""
+    path = folder / weights
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        save_file({n: t.contiguous() for n, t in tensors.items()}, path)
+    elif path.suffix == ".npz":
+        np.savez(path, **{n: t.numpy() for n, t in tensors.items()})
+    else:
+        torch.save(OrderedDict(tensors), path)
+    if config is not None:
+        (folder / name).write_text(json.dumps(config))
+    return folder
+
+
+LINEAR = {"encoder.weight": P["E"].T, "encoder.bias": P["e"], "decoder.weight": P["W"].T, "b_dec": P["b"]}
+MATRICES = {"W_enc": P["E"], "b_enc": P["e"], "W_dec": P["W"], "b_dec": P["b"]}
+CENTRED = (_x() - P["b"]) @ P["E"] + P["e"]
+PLAIN = _x() @ P["E"] + P["e"]
+LENGTHS = P["W"].norm(dim=1)
+
+
+def _dictionary(folder: Path, kind: str, tensors: Mapping[str, Any]) -> Path:
+    trainer = {"dict_class": kind, "activation_dim": D, "dict_size": F, "k": K, "layer": 2, "lm_name": "tiny"}
+    trainer["submodule_name"] = "resid_post_layer_2"
+    return _put(folder, tensors, "ae.pt", {"trainer": trainer, "buffer": {"ctx_len": 8}}, "config.json")
+
+
+def _llama(folder: Path, **changes: Any) -> Path:
+    config = {
+        "d_model": D,
+        "d_sae": F,
+        "act_fn": "jumprelu",
+        "jump_relu_threshold": 0.4,
+        "norm_activation": "dataset-wise",
+        "dataset_average_activation_norm": {"in": NORM, "out": NORM},
+        "apply_decoder_bias_to_pre_encoder": False,
+        "sparsity_include_decoder_norm": True,
+        "use_glu_encoder": False,
+        "hook_point_in": "blocks.2.hook_resid_post",
+        "hook_point_out": "blocks.2.hook_resid_post",
+        "top_k": K,
+    } | changes
+    tensors = {**LINEAR, "decoder.bias": P["b"]}
+    del tensors["b_dec"]
+    return _put(folder, tensors, "checkpoints/final.safetensors", config, "hyperparams.json")
+
+
+def _llama_codes(act_fn: str) -> Tensor:
+    """As its loader does: raw units, rows of length 1, then one threshold."""
+    scale = math.sqrt(D) / NORM
+    p = ((_x() * scale) @ P["E"] + P["e"]) / scale * LENGTHS
+    return {"jumprelu": _jump(p, 0.4), "topk": _top(p), "relu": p.relu()}[act_fn]
+
+
+def _scopium(folder: Path, act_fn: str, **changes: Any) -> Path:
+    hook = "blocks.2.hook_resid_post"
+    config = {
+        "sae_type": "sae",
+        "d_model": D,
+        "expansion_factor": F / D,
+        "act_fn": act_fn,
+        "top_k": K,
+        "norm_activation": "dataset-wise",
+        "sparsity_include_decoder_norm": True,
+        "hook_point_in": hook,
+        "hook_point_out": hook,
+    } | changes
+    tensors = {"W_E": P["E"], "b_E": P["e"], "W_D": P["W"], "b_D": P["b"]}
+    tensors[f"dataset_average_activation_norm.{hook}"] = torch.tensor(NORM)
+    if act_fn == "jumprelu":
+        tensors["activation_function.log_jumprelu_threshold"] = P["t"].log()
+    return _put(folder, tensors, "sae_weights.safetensors", config, "config.json")
+
+
+def _early_scopium(folder: Path) -> Path:
+    """Version 1: linear layers, the threshold at the top, and a choice about centring."""
+    hook = "dataset_average_activation_norm.blocks.2.hook_resid_post"
+    _scopium(folder, "jumprelu", apply_decoder_bias_to_pre_encoder=False)
+    tensors = {
+        **LINEAR,
+        "decoder.bias": P["b"],
+        hook: torch.tensor(NORM),
+        "log_jumprelu_threshold": P["t"].log(),
+    }
+    del tensors["b_dec"]
+    return _put(folder, tensors, "sae_weights.safetensors")
+
+
+def _scopium_codes(act_fn: str) -> tuple[Tensor, Tensor]:
+    """Its encode and decode on scaled input; codes in raw units times their row's length."""
+    scale = math.sqrt(D) / NORM
+    p = (_x() * scale) @ P["E"] + P["e"]
+    gate = {"relu": p > 0, "topk": _top(p * LENGTHS) > 0, "jumprelu": p * LENGTHS > P["t"]}[act_fn]
+    f = p.relu() * gate
+    return f * LENGTHS / scale, (f @ P["W"] + P["b"]) / scale
+
+
+def _sparsify(folder: Path, **changes: Any) -> Path:
+    config = {
+        "activation": "topk",
+        "expansion_factor": 32,
+        "normalize_decoder": True,
+        "num_latents": F,
+        "k": K,
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+        "d_in": D,
+    } | changes
+    tensors = {**LINEAR, "W_dec": P["W"]}
+    del tensors["decoder.weight"]
+    return _put(folder / "layers.2", tensors, "sae.safetensors", config, "cfg.json")
+
+
+def _opensae(folder: Path, **changes: Any) -> Path:
+    config = {"architectures": ["OpenSae"], "hidden_size": D, "feature_size": F, "k": K, "activation": "topk"}
+    config |= {"input_normalize": False, "input_hookpoint": "layers.2", "output_hookpoint": "layers.2"}
+    tensors = {**LINEAR, "W_dec": P["W"]}
+    del tensors["decoder.weight"]
+    return _put(folder, tensors, "model.safetensors", config | changes, "config.json")
+
+
+def _gemma2(folder: Path, **changes: Any) -> Path:
+    hook = "model.layers.2.output"
+    config = {"architecture": "jump_relu", "model_name": "tiny", "affine_connection": False}
+    config |= {"hf_hook_point_in": hook, "hf_hook_point_out": hook}
+    tensors = {name.lower(): value for name, value in MATRICES.items()} | {"threshold": P["t"]}
+    return _put(folder, tensors, "params.safetensors", config | changes, "config.json")
+
+
+def _openai(folder: Path, activation: str = "ReLU") -> Path:
+    tensors: dict[str, Any] = {
+        "pre_bias": P["b"],
+        "latent_bias": P["e"],
+        "stats_last_nonzero": torch.zeros(F),
+    }
+    tensors |= {"encoder.weight": P["E"].T, "decoder.weight": P["W"].T}
+    tensors |= {"activation": activation, "activation_state_dict": OrderedDict()}
+    return _put(folder / "resid_delta_mlp_v4" / "autoencoders", tensors, "2.pt")
+
+
+def _goodfire(folder: Path) -> Path:
+    names = {"encoder.weight": "encoder_linear.weight", "encoder.bias": "encoder_linear.bias"}
+    names |= {"decoder.weight": "decoder_linear.weight", "b_dec": "decoder_linear.bias"}
+    return _put(folder, {names[n]: t for n, t in LINEAR.items()}, "tiny-SAE-l2.pth")
+
+
+def _qwen(folder: Path) -> Path:
+    tensors = {**MATRICES, "W_enc": P["E"].T, "W_dec": P["W"].T}
+    return _put(folder / f"SAE-Res-tiny-W16K-L0_{K}", tensors, "layer2.sae.pt")
+
+
+def _plain_decode(codes: Tensor) -> Tensor:
+    return codes @ P["W"] + P["b"]
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A tool's files, and what the tool makes of `_x()`."""
+
+    format: str
+    write: Callable[[Path], Path]
+    architecture: str
+    codes: Tensor
+    x_hat: Tensor
+    site: str = "layers.2.resid_post"
+
+
+def _case(format: str, write: Callable[[Path], Path], architecture: str, codes: Tensor, **other: Any) -> Case:
+    return Case(format, write, architecture, codes, _plain_decode(codes), **other)
+
+
+K_AND_THRESHOLD = {"k": torch.tensor(K), "threshold": torch.tensor(0.4)}
+SCALE = math.sqrt(D)
+CASES = {
+    "sparsify": _case("sparsify", _sparsify, "topk", _top(CENTRED)),
+    "dictionary topk": _case(
+        "dictionary_learning",
+        lambda f: _dictionary(f, "AutoEncoderTopK", LINEAR | K_AND_THRESHOLD),
+        "topk",
+        _top(CENTRED),
+    ),
+    "dictionary batchtopk": _case(
+        "dictionary_learning",
+        lambda f: _dictionary(f, "BatchTopKSAE", LINEAR | K_AND_THRESHOLD),
+        "jumprelu",
+        _jump(CENTRED, 0.4),
+    ),
+    "dictionary matryoshka": _case(
+        "dictionary_learning",
+        lambda f: _dictionary(
+            f, "MatryoshkaBatchTopKSAE", MATRICES | K_AND_THRESHOLD | {"group_sizes": torch.tensor([4, 12])}
+        ),
+        "jumprelu",
+        _jump(CENTRED, 0.4),
+    ),
+    "dictionary jumprelu": _case(
+        "dictionary_learning",
+        lambda f: _dictionary(f, "JumpReluAutoEncoder", MATRICES | {"threshold": P["t"]}),
+        "jumprelu",
+        _jump(PLAIN, P["t"]),
+    ),
+    "dictionary standard": Case(
+        "dictionary_learning",
+        lambda f: _dictionary(
+            f, "AutoEncoder", {("bias" if n == "b_dec" else n): t for n, t in LINEAR.items()}
+        ),
+        "relu",
+        CENTRED.relu() * LENGTHS,  # its loader gives rows length 1
+        _plain_decode(CENTRED.relu()),
+    ),
+    "dictionary new": _case(
+        "dictionary_learning",
+        lambda f: _dictionary(
+            f, "AutoEncoderNew", {("decoder.bias" if n == "b_dec" else n): t for n, t in LINEAR.items()}
+        ),
+        "relu",
+        PLAIN.relu(),
+    ),
+    "gemma scope": _case(
+        "Gemma Scope",
+        lambda f: _put(
+            f / "gemma-scope-2b-pt-res/layer_2/width_16k/l0_9", MATRICES | {"threshold": P["t"]}, "params.npz"
+        ),
+        "jumprelu",
+        _jump(PLAIN, P["t"]),
+    ),
+    "gemma scope, embeddings": Case(
+        "Gemma Scope",
+        lambda f: _put(f / "embedding/width_4k/l0_9", MATRICES | {"threshold": P["t"]}, "params.npz"),
+        "jumprelu",
+        _jump(_x() / SCALE @ P["E"] + P["e"], P["t"]),
+        SCALE * _plain_decode(_jump(_x() / SCALE @ P["E"] + P["e"], P["t"])),
+        site="layers.0.resid_pre",
+    ),
+    "gemma scope 2": _case("Gemma Scope 2", _gemma2, "jumprelu", _jump(PLAIN, P["t"])),
+    **{
+        f"llama scope {act}": Case(
+            "Llama Scope",
+            lambda f, act=act: _llama(f, act_fn=act),
+            act,
+            _llama_codes(act),
+            _llama_codes(act) @ (P["W"] / LENGTHS[:, None]) + P["b"] * NORM / math.sqrt(D),
+        )
+        for act in ("jumprelu", "topk", "relu")
+    },
+    **{
+        f"llamascopium {act}": Case(
+            "Llamascopium", lambda f, act=act: _scopium(f, act), act, *_scopium_codes(act)
+        )
+        for act in ("relu", "topk", "jumprelu")
+    },
+    "llamascopium, early": Case("Llamascopium", _early_scopium, "jumprelu", *_scopium_codes("jumprelu")),
+    "openai": _case("OpenAI", _openai, "relu", CENTRED.relu(), site="layers.2.mlp_out"),
+    "opensae": _case("OpenSAE", _opensae, "topk", _top(CENTRED)),
+    "qwen scope": _case("Qwen Scope", _qwen, "topk", _top(PLAIN)),
+    "goodfire": _case("Goodfire", _goodfire, "relu", PLAIN.relu()),
+}
+
+
+def test_every_row_of_the_table_has_a_case() -> None:
+    assert {case.format for case in CASES.values()} == {row.name for row in FORMATS}
+    for row in FORMATS:
+        tested = [case.architecture for case in CASES.values() if case.format == row.name]
+        assert {variant.architecture for variant in row.variants.values()} == set(tested)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_codes_and_reconstructions_are_the_tools_own(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    folder = case.write(tmp_path)
+    assert detect(folder).format == case.format
+    sae = SAE.from_pretrained(folder)
+    assert (sae.config.architecture, sae.config.d_in, sae.config.d_sae) == (case.architecture, D, F)
+    assert str(sae.site) == case.site
+    torch.testing.assert_close(sae.encode_dense(_x()), case.codes, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sae(_x()).x_hat, case.x_hat, rtol=1e-5, atol=1e-5)
+    assert 0 < float((case.codes > 0).double().mean()) < 1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_was_read_survives_our_own_format(name: str, tmp_path: Path) -> None:
+    sae = SAE.from_pretrained(CASES[name].write(tmp_path / "theirs"))
+    sae.save_pretrained(tmp_path / "ours")
+    again = SAE.from_pretrained(tmp_path / "ours")
+    assert again.site == sae.site and again.config.model_name == sae.config.model_name
+    assert torch.equal(again.encode_dense(_x()), sae.encode_dense(_x()))
+    assert torch.equal(again(_x()).x_hat, sae(_x()).x_hat)
+
+
+REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "sparsify transcoder": (lambda f: _sparsify(f, transcode=True), "transcode"),
+    "sparsify skip": (lambda f: _sparsify(f, skip_connection=True), "skip"),
+    "sparsify groupmax": (lambda f: _sparsify(f, activation="groupmax"), "'groupmax'"),
+    "dictionary gated": (lambda f: _dictionary(f, "GatedAutoEncoder", LINEAR), "'GatedAutoEncoder'"),
+    "gemma scope 2 transcoder": (lambda f: _gemma2(f, hf_hook_point_out="elsewhere"), "transcoder"),
+    "gemma scope 2 affine": (lambda f: _gemma2(f, affine_connection=True), "affine_connection"),
+    "llama scope by token": (lambda f: _llama(f, norm_activation="token-wise"), "every token by itself"),
+    "llama scope transcoder": (lambda f: _llama(f, hook_point_out="blocks.2.hook_mlp_out"), "transcoder"),
+    "llama scope glu": (lambda f: _llama(f, use_glu_encoder=True), "gated linear"),
+    "llama scope without norm": (lambda f: _llama(f, dataset_average_activation_norm=None), "norm.in"),
+    "llamascopium crosscoder": (lambda f: _scopium(f, "relu", sae_type="crosscoder"), "sae_type"),
+    "llamascopium batchtopk": (lambda f: _scopium(f, "batchtopk"), "'batchtopk'"),
+    "openai topk": (lambda f: _openai(f, "TopK"), "TopK.*every token by itself"),
+    "opensae normalising": (lambda f: _opensae(f, input_normalize=True), "every token by itself"),
+    "opensae normalising by default": (lambda f: _opensae(f, input_normalize=None), "every token by itself"),
+    "opensae jumprelu": (lambda f: _opensae(f, activation="jumprelu"), "'jumprelu'"),
+    "qwen scope without k": (
+        lambda f: _put(f, MATRICES | {"W_enc": P["E"].T, "W_dec": P["W"].T}, "layer2.sae.pt"),
+        "give k",
+    ),
+    "dictionary of no known class": (lambda f: _dictionary(f, ["x"], LINEAR), "dict_class"),  # type: ignore
+    "nothing": (lambda f: f, "cfg.json"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_had_exactly_is_refused_in_a_sentence(name: str, tmp_path: Path) -> None:
+    write, word = REFUSED[name]
+    with pytest.raises(UserError, match=word) as caught:
+        SAE.from_pretrained(write(tmp_path))
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_missing_surplus_and_misshapen_tensors_are_named(name: str, tmp_path: Path) -> None:
+    """Whatever is done to one tensor, the reader says so, and never gives another autoencoder."""
+    case = CASES[name]
+    folder = case.write(tmp_path)
+    source = detect(folder)
+    assert source.row is not None
+    tensors, extras = _all(source.weights)
+    decoder = next(n for n in tensors if tensors[n].ndim == 2 and n.lower().startswith(("dec", "w_d")))
+    lost = {n: t for n, t in tensors.items() if n != decoder}
+    for changed, word in (
+        (lost, "lacks|known format"),
+        ({**tensors, decoder: tensors[decoder][:-1]}, "shape"),
+        ({**tensors, "W_skip": torch.zeros(D, D)}, "W_skip"),
+        ({**tensors, decoder: tensors[decoder] * float("nan")}, "not numbers"),
+    ):
+        _put(source.weights.parent, {**changed, **extras}, source.weights.name)
+        with pytest.raises((IntegrityError, UserError), match=word) as caught:
+            SAE.from_pretrained(folder)
+        assert str(tmp_path) in str(caught.value)
+
+
+def _all(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    from unbraid.sae.formats.files import read_tensors
+
+    return read_tensors(path)
+
+
+def test_a_width_that_contradicts_the_configuration_is_an_integrity_error(tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError, match="d_sae 16"):
+        SAE.from_pretrained(_sparsify(tmp_path, num_latents=17))
+
+
+def test_one_of_several_layers_is_named_by_its_file(tmp_path: Path) -> None:
+    folder = _qwen(tmp_path)
+    (folder / "layer3.sae.pt").write_bytes((folder / "layer2.sae.pt").read_bytes())
+    with pytest.raises(UserError, match="name one"):
+        SAE.from_pretrained(folder)
+    assert str(SAE.from_pretrained(folder / "layer3.sae.pt").site) == "layers.3.resid_post"
+    with pytest.raises(UserError, match="k is 3, not 4"):
+        SAE.from_pretrained(folder / "layer3.sae.pt", k=4)
+
+
+def test_weights_in_parts_are_put_together(tmp_path: Path) -> None:
+    whole = SAE.from_pretrained(_opensae(tmp_path))
+    path = tmp_path / "model.safetensors"
+    tensors, _ = _all(path)
+    path.unlink()
+    parts = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(sorted(tensors))}
+    for part in set(parts.values()):
+        save_file({n: tensors[n] for n in parts if parts[n] == part}, tmp_path / part)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": parts}))
+    again = SAE.from_pretrained(tmp_path)
+    assert torch.equal(again.W_enc, whole.W_enc) and len(detect(tmp_path).files) == 4
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(parts, "../elsewhere.safetensors")}))
+    with pytest.raises(UserError, match="outside"):
+        SAE.from_pretrained(tmp_path)
+
+
+def test_sparsify_is_written_and_read_again(random_sae: Callable[..., SAE], tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from unbraid.sae.formats import sparsify
+
+    sae = random_sae("topk")
+    x = torch.randn(50, 12, generator=torch.Generator().manual_seed(1))
+    for centred in (True, False):  # sparsify always centres: the difference is folded
+        sae.config = replace(sae.config, apply_b_dec_to_input=centred)
+        sparsify.save(sae, tmp_path / str(centred))
+        again = SAE.from_pretrained(tmp_path / str(centred))
+        torch.testing.assert_close(again.encode_dense(x), sae.encode_dense(x).detach(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(again(x).x_hat, sae(x).x_hat.detach(), rtol=1e-5, atol=1e-5)
+        assert again.config.site == sae.config.site and again.config.model_name == "tiny"
+    with pytest.raises(UserError, match="topk autoencoders only"):
+        sparsify.save(random_sae("relu"), tmp_path / "relu")
+
+
+def test_the_path_counts_from_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma Scope's embeddings are told by their path, which may be relative, but not by any folder above."""
+    tensors = MATRICES | {"threshold": P["t"]}
+    folder = _put(tmp_path / "embedding" / "width_4k" / "l0_9", tensors, "params.npz")
+    whole = SAE.from_pretrained(folder)
+    monkeypatch.chdir(folder)
+    assert torch.equal(SAE.from_pretrained(Path("params.npz")).W_enc, whole.W_enc)
+    plain = _put(tmp_path / "embedding" / "layer_2" / "width_4k" / "l0_9", tensors, "params.npz")
+    assert torch.equal(SAE.from_pretrained(plain).W_enc, P["E"])
