@@ -73,8 +73,10 @@ def building(out: Path) -> Generator[Path, None, None]:
     except OSError as error:
         raise UserError(f"{partial} cannot be made ({error.strerror}); choose another --out") from error
     with _held(partial, out):
-        for stray in partial.rglob(f".*{WRITING}"):  # half a file from a killed run is no part of the result
-            stray.unlink()
+        # Half a file from a killed run, ours or a library's own (safetensors: .tmp…), is no part of it.
+        for stray in partial.rglob(".*"):
+            if stray.is_file():
+                stray.unlink()
         try:
             yield partial
             _flush_tree(partial)
