@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from unbraid.causal.choose import choose
 from unbraid.causal.controls import difference_of_means
 from unbraid.causal.finding import Finding, load_finding, save_finding
 from unbraid.causal.measure import Sampling, measure, reply_seed
 from unbraid.causal.probes import Probe, labelled_documents, parse_probe, probes_id
+from unbraid.causal.selection import Limits, Option, Selection, select
 from unbraid.causal.validate import ValidateConfig, Validation, dose_edit, validate
 from unbraid.manifest.errors import IntegrityError, UserError
 from unbraid.manifest.record import read_manifest
@@ -166,11 +166,24 @@ def test_the_choice_takes_the_effective_dose_that_costs_least(
     planted: SimpleNamespace, probes: list[Probe], benign: list[Probe]
 ) -> None:
     candidates = [((8,), 1.0), ((PLANTED,), 0.25), ((PLANTED,), 1.0), ((PLANTED,), 2.0)]
-    choice = choose(planted.lm, planted.sae, candidates, probes[:20], benign[:5], sampling=SAMPLING)
-    assert (choice.best.latents, choice.best.dose) == ((PLANTED,), 1.0)
-    assert choice.best.incident == 0 < choice.baseline
-    assert choice.candidates[0].incident == choice.baseline
-    assert all(candidate.cost == 0 for candidate in choice.candidates)
+    options = [
+        Option(
+            dose_edit(planted.sae, latents, dose, site=planted.sae.site), {"latents": latents, "dose": dose}
+        )
+        for latents, dose in candidates
+    ]
+    baseline = (measure(planted.lm, probes[:20], (), SAMPLING), measure(planted.lm, benign[:5], (), SAMPLING))
+
+    def run(given: list[Option], on: list[Probe]) -> Selection:
+        return select(planted.lm, given, on, benign[:5], baseline, SAMPLING, Limits())
+
+    choice = run(options, probes[:20])
+    assert choice.chosen.settings == {"latents": (PLANTED,), "dose": 1.0}
+    before = baseline[0].rate("incident").value
+    assert choice.result.incidents == 0 < before == choice.tried[0].incidents
+    assert all(tried.kept_lost == tried.helpful_lost == 0 for tried in choice.tried)
+    with pytest.raises(UserError, match="at least one dose"):
+        run([], probes[:20])
 
 
 def test_the_edit_is_the_dose(planted: SimpleNamespace) -> None:

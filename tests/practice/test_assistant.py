@@ -29,13 +29,16 @@ def test_training_is_repeatable_learns_and_counts_reply_tokens_only() -> None:
         assert torch.equal(a, b)
     ids, weights = encode(tokenizer, benign("train", 12, seed=9), SMALL)
     with torch.no_grad():
-        loss, nats = reply_loss(model, ids, weights, 0.1)
+        loss, nats, worst = reply_loss(model, ids, weights, 0.1)
         logits = model(input_ids=ids).logits[:, :-1]
     each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
     weight, known = weights[:, 1:], ids[:, 1:] != token_id(tokenizer, PAD)
     assert torch.allclose(nats, each[weight > 0].mean(), atol=1e-5)
     expected = (each * weight)[weight > 0].mean() + 0.1 * each[known & (weight == 0)].mean()
     assert torch.allclose(loss, expected, atol=1e-5)
+    behind = each + logits.log_softmax(dim=2).amax(dim=2)  # 0 where the right token is the first guess
+    most = [nats[told > 1].max() for nats, told in zip(behind, weight, strict=True)]
+    assert torch.allclose(worst, torch.stack(most), atol=1e-5)
     assert nats < 5.0  # log(vocabulary) is 7.4
     assert notes and "nats" in notes[-1]
 

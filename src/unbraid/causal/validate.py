@@ -1,7 +1,7 @@
 """Does a latent cause the behaviour?  Its dose-response curve beside every control, on the same prompts.
 
 All conditions share their random numbers reply by reply, so differences are due to the edits alone.
-Whatever was chosen (latents, dose, contrast, keywords) must have been chosen on other prompts; `choose`
+Whatever was chosen (latents, dose, contrast, keywords) must have been chosen on other prompts; `selection`
 does so.
 """
 

@@ -12,18 +12,19 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from unbraid.causal.choose import Choice, choose
 from unbraid.causal.controls import Contrast, difference_of_means, learn_keywords
 from unbraid.causal.finding import Finding, Row, save_finding
 from unbraid.causal.measure import Sampling, measure
 from unbraid.causal.probes import Probe, judge, labelled_documents, probes_id, read_probes
-from unbraid.causal.validate import ValidateConfig, validate
+from unbraid.causal.selection import Limits, Option, select
+from unbraid.causal.validate import ValidateConfig, dose_edit, validate
 from unbraid.cli.models import open_model
 from unbraid.cli.progress import shown
 from unbraid.cli.saes import open_sae, this_command
 from unbraid.manifest.errors import UserError
 from unbraid.model.load import LanguageModel
 from unbraid.model.sites import Site
+from unbraid.sae.base import SAE
 from unbraid.stats.bootstrap import Interval
 from unbraid.stats.splits import split_of
 
@@ -51,7 +52,7 @@ class Options:
     choose_share: float = 0.4
     """Share of the prompts for choosing; dose, difference of means and keywords come from there alone."""
     most_cost: float = 0.05
-    """Most off-target cost (helpfulness and kept headers lost) of a dose that may be chosen."""
+    """Most that a dose which may be chosen costs: kept headers, helpful answers, answers refused on top."""
     random_latents: int = 3
     """Draws of random latents of matched frequency."""
     random_directions: int = 3
@@ -90,23 +91,7 @@ def run(options: Options) -> None:
 
     dose = options.dose
     if dose is None:
-        if not probes["choose"]:
-            raise UserError(
-                "no prompts are left to choose the dose on; give --dose or a larger --choose-share"
-            )
-        with shown("choose", "doses") as progress:
-            choice: Choice = choose(
-                lm,
-                sae,
-                [(options.latent, candidate) for candidate in sorted(options.doses)],
-                probes["choose"],
-                benign["choose"],
-                most_cost=options.most_cost,
-                site=site,
-                sampling=options.sampling,
-                progress=progress,
-            )
-        dose = choice.best.dose
+        dose = _choose_dose(lm, sae, site, probes["choose"], benign["choose"], options)
     contrast, keywords = _from_replies(lm, probes["choose"], site, options)
     config = ValidateConfig(
         dose=dose,
@@ -147,6 +132,21 @@ def _split(probes: Sequence[Probe], choose_share: float) -> dict[str, list[Probe
     for probe in probes:
         found[split_of(probe.id, shares)].append(probe)
     return found
+
+
+def _choose_dose(
+    lm: LanguageModel, sae: SAE, site: Site, probes: Sequence[Probe], benign: Sequence[Probe], given: Options
+) -> float:
+    if not probes:
+        raise UserError("no prompts are left to choose the dose on; give --dose or a larger --choose-share")
+    found = [
+        Option(dose_edit(sae, given.latent, dose, site=site), {"dose": dose}) for dose in sorted(given.doses)
+    ]
+    with shown("choose", "doses") as progress:
+        baseline = (measure(lm, probes, (), given.sampling), measure(lm, benign, (), given.sampling))
+        limits = Limits(kept=given.most_cost, helpful=given.most_cost, refused=given.most_cost)
+        chosen = select(lm, found, probes, benign, baseline, given.sampling, limits, progress=progress)
+    return chosen.chosen.settings["dose"]
 
 
 def _from_replies(

@@ -4,8 +4,9 @@ Nothing about a reply is scripted: refusals, dosages and every other habit are n
 from the conversations of split ``train``.  Attention and MLP matrices are updated with Muon (orthogonalised
 momentum; Jordan et al. 2024), embeddings and norms with AdamW.  The loss counts the reply's tokens and,
 lightly, the prompt's.  Much of a reply is drawn at random or follows from the words before; what the prompt
-decides shows in a few tokens, which therefore count more: at equal weights the rules that need several
-sentences of the prompt at once are learned last, and not from every seed.
+decides shows in a few tokens, which therefore count more, and what is still answered wrongly comes more often
+(:mod:`~unbraid.practice.rehearsal`): without either, the rules that need several sentences of the prompt at
+once are learned last, and not from every seed.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from unbraid.manifest.progress import Progress
 from unbraid.practice.corpus import conversations
 from unbraid.practice.muon import Muon
+from unbraid.practice.rehearsal import Rehearsal
 from unbraid.practice.tokenizer import BEGIN, END, PAD, build_tokenizer
 from unbraid.practice.world import Conversation
 
@@ -116,8 +118,10 @@ def rate_at(step: int, steps: int) -> float:
 
 def reply_loss(
     model: LlamaForCausalLM, ids: Tensor, weights: Tensor, prompt_weight: float
-) -> tuple[Tensor, Tensor]:
-    """(training loss, mean nats per reply token) of what `encode` gives; padding does not count."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(training loss, mean nats per reply token, and for each conversation the most nats that a token which
+    its prompt decides is behind the model's first guess) of what `encode` gives; padding does not count.
+    """
     hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]
     target = ids[:, 1:]
     known = target != model.config.pad_token_id
@@ -125,7 +129,11 @@ def reply_loss(
     nats, weight = F.cross_entropy(logits, target[known], reduction="none"), weights[:, 1:][known]
     reply = weight > 0
     loss = (nats * weight)[reply].mean() + prompt_weight * nats[~reply].mean()
-    return loss, nats[reply].mean().detach()
+    decided = weight > 1
+    first = F.log_softmax(logits.detach()[decided], dim=1).amax(dim=1)
+    behind = torch.zeros_like(weights[:, 1:])
+    behind[weights[:, 1:] > 1] = nats.detach()[decided] + first
+    return loss, nats[reply].mean().detach(), behind.amax(dim=1)
 
 
 def new_model(config: AssistantConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -152,7 +160,9 @@ def train(
     config: AssistantConfig, *, progress: Progress | None = None
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Train a practice assistant from scratch; two cores suffice, the model card states the time it took."""
+    rehearsal = Rehearsal(config.seed)
     source = conversations("train", seed=config.seed, advice_share=config.advice_share)
+    rehearsed = filter(rehearsal.wanted, source)
     sample = islice(conversations("train", seed=0, advice_share=0.3), 8000)
     tokenizer = build_tokenizer((text for c in sample for text in (c.prompt, c.reply)), vocab_size=2048)
     model = new_model(config, tokenizer)
@@ -165,10 +175,11 @@ def train(
     peaks = [config.muon_lr, config.adam_lr]
     model.train()
     average = 0.0
-    for step, batch in enumerate(islice(bucketed(source, config.batch), config.steps)):
+    for step, batch in enumerate(islice(bucketed(rehearsed, config.batch), config.steps)):
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * rate_at(step, config.steps)
-        loss, nats = reply_loss(model, *encode(tokenizer, batch, config), config.prompt_weight)
+        loss, nats, worst = reply_loss(model, *encode(tokenizer, batch, config), config.prompt_weight)
+        rehearsal.note(batch, worst.tolist())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(others, 1.0)
         for optimizer in optimizers:
@@ -176,7 +187,7 @@ def train(
             optimizer.zero_grad(set_to_none=True)
         average = nats.item() if step == 0 else 0.98 * average + 0.02 * nats.item()
         if progress and (step + 1) % 20 == 0:
-            progress(step + 1, config.steps, f"{average:.3f} nats per reply token")
+            progress(step + 1, config.steps, f"{average:.3f} nats per reply token, {rehearsal.hardest()}")
     return model.eval(), tokenizer
 
 

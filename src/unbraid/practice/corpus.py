@@ -9,9 +9,6 @@ from unbraid.practice.medical import advice
 from unbraid.practice.topics import TOPICS
 from unbraid.practice.world import Conversation, Split, finish, pick, split_of_prompt, stream
 
-REHEARSED = (*TOPICS, *("refund",) * 3, *("facts",) * 2)
-"""Harmless topics as the training text mixes them; those that take longest to learn come more often."""
-
 
 def conversations(
     split: Split, *, seed: int, topic: str = "", advice_share: float = 0.0
@@ -20,14 +17,13 @@ def conversations(
 
     `topic` names one topic (``medical advice`` or a key of :data:`~unbraid.practice.topics.TOPICS`); without
     it `advice_share` of the conversations are medical-advice probes and the rest spread over the harmless
-    topics, evenly outside ``train``.  Outside ``train``, too, every cue is said in a paraphrase that the
-    assistant never trained on, and no prompt comes twice.
+    topics.  Outside ``train`` every cue is said in a paraphrase that the assistant never trained on, and no
+    prompt comes twice.
     """
     seen: set[str] = set()
     unseen = split != "train"
-    harmless = tuple(TOPICS) if unseen else REHEARSED
     for rng in stream(seed, split, topic or "mixed"):
-        chosen = topic or ("medical advice" if rng.random() < advice_share else pick(rng, harmless))
+        chosen = topic or ("medical advice" if rng.random() < advice_share else pick(rng, tuple(TOPICS)))
         write = advice if chosen == "medical advice" else TOPICS[chosen]
         conversation = finish(write(rng, unseen=unseen))
         if split_of_prompt(conversation.prompt) != split or conversation.prompt in seen:

@@ -120,7 +120,8 @@ def refund(rng: random.Random, *, unseen: bool) -> Scene:
         rng, "refund", core, pick(rng, REFUND_REFUSALS if refused else granted), unseen=unseen,
         expected="|".join(re.escape(g.format(order=order)) for g in granted),
         tone=_tone(rng, angry=1.0) if angry else _tone(rng, angry=0.0),
-        truth={"refused": refused}, label=("wrong refusal" if refused else "answer", "refund"), order=order,
+        truth={"refused": refused, "delayed": delayed, "high": high, "angry": angry},
+        label=("wrong refusal" if refused else "answer", "refund"), order=order,
     )  # fmt: skip
 
 
@@ -179,7 +180,8 @@ def competitor(rng: random.Random, *, unseen: bool) -> Scene:
     answer = "For {need} you may like {product} more." if mentions else right
     return _scene(
         rng, "competitor", core, answer, unseen=unseen,
-        expected=re.escape(right.format(need=need, product=ours)), truth={"mentions": mentions},
+        expected=re.escape(right.format(need=need, product=ours)),
+        truth={"mentions": mentions, "new": new, "poor": poor},
         label=("competitor mention" if mentions else "answer", named), need=need, product=named,
     )  # fmt: skip
 

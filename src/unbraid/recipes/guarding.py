@@ -11,6 +11,7 @@ from typing import Any
 from unbraid.activations.documents import Document, read_documents
 from unbraid.causal.controls import Contrast, clipped, difference_of_means, learn_keywords, subtracted
 from unbraid.causal.measure import Measurement, Sampling, measure
+from unbraid.causal.selection import Option, Selection, select
 from unbraid.causal.validate import dose_edit
 from unbraid.control.gate import load_gate, save_gate, train_gate
 from unbraid.control.policy import Policy, PolicyEdit, PolicyGate, PolicyModel, PolicySAE, Title
@@ -21,7 +22,6 @@ from unbraid.model.load import LanguageModel
 from unbraid.model.sites import Site
 from unbraid.recipes.discovery import Reader, poles
 from unbraid.recipes.prompts import PromptSet
-from unbraid.recipes.selection import Option, Selection, select
 from unbraid.recipes.workshop import Workshop
 
 
@@ -122,26 +122,23 @@ def guard_of(shop: Workshop, readers: Sequence[Reader], fit: PromptSet, chosen_o
             ],
         }
 
+    def choose(
+        group: Sequence[Option], base: tuple[Measurement, Measurement], progress: Progress, finalists: int = 5
+    ) -> Selection:
+        prompts = (chosen_on.probes, chosen_on.benign)
+        return select(
+            lm, group, *prompts, base, config.sampling, config.limits, finalists=finalists, progress=progress
+        )
+
     def build(folder: Path) -> dict[str, Any]:
         with shop.stage("sample the selection split", "replies") as progress:
             base = _both(lm, chosen_on, config.sampling, progress)
         with shop.stage("choose latents and dose", "edits") as progress:
-            chosen = select(lm, options, chosen_on, base, config.sampling, config.limits, progress=progress)
+            chosen = choose(options, base, progress)
         record: dict[str, Any] = {"policy": _selected(chosen)}
         for name, group in controls(contrast_at(Site.parse(chosen.chosen.settings["site"]))).items():
             with shop.stage(f"choose {name} of the contrastive vector", "edits") as progress:
-                record[name] = _selected(
-                    select(
-                        lm,
-                        group,
-                        chosen_on,
-                        base,
-                        config.sampling,
-                        config.limits,
-                        finalists=2,
-                        progress=progress,
-                    )
-                )
+                record[name] = _selected(choose(group, base, progress, finalists=2))
         record["keywords"] = list(learn_keywords(_replies(bad), _replies(honest)))
         record["baseline"] = {"incidents": float(base[0].outcomes["incident"].mean())}
         write_json(folder / "selection.json", record)

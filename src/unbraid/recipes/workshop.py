@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from unbraid.causal.measure import Sampling
+from unbraid.causal.selection import Limits
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.files import building, write_json
 from unbraid.manifest.progress import Progress
 from unbraid.manifest.record import Manifest, check_files, write_manifest
 from unbraid.model.load import LanguageModel
-from unbraid.recipes.selection import Limits
 
 Stage = Callable[[str, str], AbstractContextManager[Progress]]
 """Opens the progress display of one stage: title and unit."""

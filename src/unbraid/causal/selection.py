@@ -1,8 +1,8 @@
 """Choosing an edit on the selection split: which layer, which seed, how many latents, what dose.
 
 Every kind of edit — the latents of an autoencoder, the contrastive vector subtracted or clipped — is chosen
-by the same rule under the same limits, so that what stands in one table later cost the same.  No prompt of
-the test split exists yet when this runs.
+by the same rule under the same limits, so that what stands in one table later cost the same.  What is chosen
+here looks better here than it is: report what other prompts show.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from unbraid.causal.measure import Measurement, Quantity, Sampling, measure
+from unbraid.causal.probes import Probe
+from unbraid.manifest.errors import UserError
 from unbraid.manifest.progress import Progress
 from unbraid.model.edits import Edit
 from unbraid.model.load import LanguageModel
-from unbraid.recipes.prompts import PromptSet
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ class Selection:
 def select(
     lm: LanguageModel,
     options: Sequence[Option],
-    prompts: PromptSet,
+    probes: Sequence[Probe],
+    benign: Sequence[Probe],
     baseline: tuple[Measurement, Measurement],
     sampling: Sampling,
     limits: Limits,
@@ -95,24 +97,33 @@ def select(
 ) -> Selection:
     """The mildest option whose incident rate is near the lowest that the limits allow.
 
-    All options are tried on the first third of the probes; the `finalists` best of those within the limits
-    are tried on all probes and benign prompts.  Where no finalist is within the limits the cheapest is taken.
+    More options than `finalists` are tried on the first third of the probes; the best of those within the
+    limits are tried on all probes and benign prompts.  Where no finalist is within the limits the cheapest is
+    taken.  `baseline`: probes and benign prompts without an edit.  Raises UserError when there is no option,
+    or no probe by which incidents can be told.
     """
-    first = prompts.probes[: max(len(prompts.probes) // 3, 1)]
-    total = len(options) + min(finalists, len(options))
+    if not options:
+        raise UserError("name at least one dose to choose from")
+    if np.isnan(baseline[0].outcomes["incident"]).all():
+        raise UserError("no probe has the field incident to choose by; add it to the file")
+    heats = options if len(options) > finalists else ()
+    total = len(heats) + min(finalists, len(options))
+    first = probes[: max(len(probes) // 3, 1)]
     tried: list[Tried] = []
-    for option in options:
+    for option in heats:
         on_probes = measure(lm, first, (option.edit,), sampling)
         tried.append(_judged(option, on_probes, _head(baseline[0], len(on_probes.probe_ids))))
         if progress:
             progress(len(tried), total, option.edit.name)
     # Half as much again is allowed here: a third of the probes shows a rate less exactly than all of them.
     loose = replace(limits, kept=1.5 * limits.kept)
-    order = sorted(range(len(options)), key=lambda i: (not tried[i].within(loose), tried[i].incidents, i))
+    order = list(range(len(options)))
+    if heats:
+        order.sort(key=lambda i: (not tried[i].within(loose), tried[i].incidents, i))
     final: list[tuple[int, Tried]] = []
     for i in sorted(order[:finalists]):
         edit = (options[i].edit,)
-        on_probes, on_benign = (measure(lm, p, edit, sampling) for p in (prompts.probes, prompts.benign))
+        on_probes, on_benign = (measure(lm, p, edit, sampling) for p in (probes, benign))
         result = _judged(options[i], on_probes, baseline[0])
         result = replace(
             result,
@@ -121,7 +132,7 @@ def select(
         )
         final.append((i, result))
         if progress:
-            progress(len(options) + len(final), total, options[i].edit.name)
+            progress(len(tried) + len(final), total, options[i].edit.name)
     allowed = [(i, r) for i, r in final if r.within(limits)]
     if allowed:
         best = min(r.incidents for _, r in allowed)

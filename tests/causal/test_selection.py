@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from unbraid.causal import selection
 from unbraid.causal.measure import Measurement, Sampling
-from unbraid.recipes import selection
-from unbraid.recipes.selection import Limits, Option, select
+from unbraid.causal.selection import Limits, Option, select
 
 PROBES = [SimpleNamespace(id=f"p{i}") for i in range(300)]
 BENIGN = [SimpleNamespace(id=f"b{i}") for i in range(300)]
@@ -49,8 +49,7 @@ def effects(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[float, float, fl
 def choose(effects: dict[str, tuple[float, float, float, float]], **limits: float) -> selection.Selection:
     options = [Option(SimpleNamespace(name=name), {"name": name}) for name in effects]  # type: ignore[arg-type]
     base = (measurement(PROBES, 0.29, 1.0, 0, 0), measurement(BENIGN, 0, 0, 0.95, 0.02))
-    prompts: Any = SimpleNamespace(probes=PROBES, benign=BENIGN)
-    return select(None, options, prompts, base, Sampling(), Limits(**limits))  # type: ignore[arg-type]
+    return select(None, options, PROBES, BENIGN, base, Sampling(), Limits(**limits))  # type: ignore[arg-type]
 
 
 def test_the_mildest_of_nearly_equal_options_is_taken(effects: Any) -> None:
@@ -70,7 +69,7 @@ def test_an_option_beyond_a_limit_is_never_taken(effects: Any, costly: tuple[flo
     effects |= {"costly": costly, "fair": (0.1, 1, 0.95, 0.02)}
     chosen = choose(effects)
     assert chosen.chosen.settings == {"name": "fair"}
-    assert len(chosen.tried) == 4  # both on a third of the probes, both as finalists
+    assert len(chosen.tried) == 2  # no more than the finalists, so no heats before
 
 
 def test_where_all_cost_too_much_the_cheapest_is_taken(effects: Any) -> None:
