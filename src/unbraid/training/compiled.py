@@ -3,7 +3,7 @@
 Per batch of n activations x (n, d_in), with F = d_sae latents of which k fire:
 
 1. *Screen.* x and W_enc as int8, their product in chunks of rows, so that (n, F) never exists. The best
-   1.5 k + 8 latents of each row are candidates; their pre-activations are computed exactly, and the k
+   1¼ k + 8 latents of each row are candidates; their pre-activations are computed exactly, and the k
    largest are the codes. `CompiledStep.recall` says how many of the true top k were among the candidates.
 2. *Decode.* Reconstruction, error and the gradient of every entry's value, row by row.
 3. *Update.* Entries grouped by latent; then for each latent, in one pass over its rows of every matrix: both
@@ -30,8 +30,8 @@ from unbraid.sae.objective import StepContext, StepReport
 from unbraid.sae.topk import TopKSAE
 from unbraid.training.adam import BETA_MEAN, BETA_SQUARE, EPSILON, Adam
 
-CHECKED = 4
-"""Rows of every batch on which the screen is compared with the whole product."""
+CHECKED, CHECKED_EVERY = 16, 32
+"""Rows on which the screen is compared with the whole product, and after how many steps again."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +52,26 @@ class Extra:
     """Of b_dec, (d,)."""
 
 
+class Room:
+    """What a step writes before it changes a weight. Kept between steps: fresh memory costs more than its use."""
+
+    def __init__(self, n: int, d: int, k: int) -> None:
+        self.starts = np.arange(n + 1) * k
+        self.latents, self.values = np.empty((n, k), np.int32), np.empty((n, k), np.float32)
+        self.gradient = np.zeros(n * k, np.float32)
+        self.error, self.squared = np.empty((n, d), np.float32), np.empty(n, np.float64)
+
+
 class CompiledStep:
-    """Steps of a TopK autoencoder; weights and moments are those of the SAE and of Adam, changed in place."""
+    """Steps of a TopK autoencoder; weights and moments are those of the SAE and of Adam, changed in place.
+
+    It runs on as many threads as torch has when it is made.
+    """
+
+    own_threads = True
 
     def __init__(self, sae: SAE, optimizer: Adam, *, precision: Precision | None = None) -> None:
-        self.sae, self.optimizer = sae, optimizer
+        self.sae, self.optimizer, self.threads = sae, optimizer, torch.get_num_threads()
         self.W_enc, self.W_dec = _rows(sae.W_enc.detach().T), _rows(sae.W_dec.detach())  # (F, d)
         mean, square = optimizer.mean, optimizer.square
         self.moments = (
@@ -65,6 +80,7 @@ class CompiledStep:
         )
         self.screen = Screen(self.W_enc, sae.b_enc.detach().numpy(), precision)
         self.hits = self.wanted = 0
+        self.room = Room(0, sae.config.d_in, sae.config.k)
 
     @staticmethod
     def serves(sae: SAE) -> bool:
@@ -85,10 +101,11 @@ class CompiledStep:
         sae, scale = self.sae, 2 / target.numel()
         n, d, F, k = len(x), sae.config.d_in, sae.config.d_sae, sae.config.k
         centred, wanted = sae.centred(x).detach().contiguous(), cpu.array(target)
-        latents, values = np.empty((n, k), np.int32), np.empty((n, k), np.float32)
-        entries, gradient = (latents.reshape(-1), values.reshape(-1)), np.zeros(n * k, np.float32)
-        error, squared = np.empty((n, d), np.float32), np.empty(n, np.float64)
-        starts, b_dec = np.arange(n + 1) * k, sae.b_dec.detach().numpy()
+        if len(self.room.error) != n:
+            self.room = Room(n, d, k)
+        starts, latents, values = self.room.starts, self.room.latents, self.room.values
+        gradient, error, squared = self.room.gradient, self.room.error, self.room.squared
+        entries, b_dec = (latents.reshape(-1), values.reshape(-1)), sae.b_dec.detach().numpy()
 
         def forward(begin: int) -> NDArray[np.float64]:
             rows = slice(begin, min(begin + CHUNK_ROWS, n))
@@ -100,8 +117,9 @@ class CompiledStep:
             )  # fmt: skip
             return error[rows].sum(axis=0, dtype=np.float64)
 
-        d_b_dec = scale * sum(cpu.side_by_side(forward, range(0, n, CHUNK_ROWS)), np.zeros(d))
-        self._check_recall(centred, latents)
+        d_b_dec = scale * sum(cpu.side_by_side(forward, range(0, n, CHUNK_ROWS), self.threads), np.zeros(d))
+        if number % CHECKED_EVERY == 1:
+            self._check_recall(centred, latents)
         extra = self._auxiliary(centred, torch.from_numpy(error), context)
 
         lists = Lists.of(starts, *entries, F)
@@ -117,7 +135,7 @@ class CompiledStep:
                 lr / unbias_mean, 1 / unbias_square, BETA_MEAN, BETA_SQUARE, EPSILON,
             )  # fmt: skip
 
-        cpu.side_by_side(backward, range(PARTS))
+        cpu.side_by_side(backward, range(PARTS), self.threads)
         if sae.config.apply_b_dec_to_input:
             d_b_dec = d_b_dec - back.sum(axis=0, dtype=np.float64)
         sae.b_enc.grad = torch.from_numpy(d_b_enc).index_add(0, extra.latents, extra.b_enc)
@@ -132,7 +150,7 @@ class CompiledStep:
     def _check_recall(self, x: Tensor, latents: NDArray[np.int32]) -> None:
         """Count on a few rows what the screen found of the true top k."""
         rows = np.linspace(0, len(x) - 1, CHECKED).astype(np.int64)
-        exact = x[rows].numpy() @ self.W_enc.T + self.screen.b_enc
+        exact = (x[rows] @ torch.from_numpy(self.W_enc).T).numpy() + self.screen.b_enc
         k = latents.shape[1]
         bar = np.partition(exact, -k, axis=1)[:, -k]
         found = np.take_along_axis(exact, latents[rows].astype(np.int64), axis=1)

@@ -17,6 +17,13 @@ Kernels = Literal["auto", "plain"]
 class Stepper(Protocol):
     """Moves an autoencoder by one batch after the other."""
 
+    @property
+    def own_threads(self) -> bool:
+        """Whether it starts threads of its own. Torch should then have one between the steps: after every
+        operation its others wait for the next by spinning, on the processors that the step's threads need.
+        """
+        ...
+
     def step(self, x: Tensor, target: Tensor, context: StepContext, number: int, lr: float) -> StepReport:
         """Learn from activations x (n, d_in) and targets (n, d_out); `number` counts from 1."""
         ...
@@ -28,6 +35,8 @@ class Stepper(Protocol):
 
 class PlainStep:
     """PyTorch's own operations, for every architecture and device."""
+
+    own_threads = False
 
     def __init__(self, sae: SAE, optimizer: Adam) -> None:
         self.sae, self.optimizer = sae, optimizer

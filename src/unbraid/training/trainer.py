@@ -134,6 +134,9 @@ class Run:
         stream = self.sources.batches(
             config.batch_size, seed=config.seed, steps=config.steps, start=self.step
         )
+        threads = torch.get_num_threads()
+        if self.stepper.own_threads:
+            torch.set_num_threads(1)
         for x, target in stream:
             self._one_step(*self._scaled(x, target))
             if self.step % config.log_every == 0 or self.step == config.steps:
@@ -143,6 +146,7 @@ class Run:
             if progress is not None:
                 speed = (self.step - first) * config.batch_size / max(monotonic() - started, 1e-9)
                 progress(self.step, config.steps, f"{note}  {speed:,.0f} tokens/s".strip())
+        torch.set_num_threads(threads)
 
     def _scaled(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         scaled = self.scaling(x)

@@ -6,10 +6,12 @@ threads. No sum crosses a chunk, so results do not depend on how many threads th
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -40,17 +42,28 @@ def precision() -> Precision:
     return "int8" if supported is not None and supported() else "float32"
 
 
-def side_by_side(work: Callable[[int], T], items: Iterable[int]) -> list[T]:
-    """work(item) of each, in order, on torch's number of threads, each of which has torch to itself."""
-    items, threads = list(items), torch.get_num_threads()
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads that are kept: what a new one's first product allocates costs more than many a product."""
+    return ThreadPoolExecutor(threads, "unbraid")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+def side_by_side(work: Callable[[int], T], items: Iterable[int], threads: int | None = None) -> list[T]:
+    """work(item) of each, in order, on so many threads (torch's number, if None); inside each of them torch
+    uses one.
+    """
+    items, before = list(items), torch.get_num_threads()
+    threads = threads or before
     if threads == 1 or len(items) == 1:
         return [work(item) for item in items]
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(work, items))
+        return list(_pool(threads).map(work, items))
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def fits(*tensors: Tensor) -> bool:
@@ -111,7 +124,7 @@ class Screen:
         k, F = latents.shape[1], len(self.b_enc)
         product, scale, unit = self.product(x)
         loops.top_k_screened(
-            product.numpy(), scale, unit, x.numpy(), self.W_enc, self.b_enc, min(F, k + k // 2 + 8),
+            product.numpy(), scale, unit, x.numpy(), self.W_enc, self.b_enc, min(F, k + k // 4 + 8),
             latents, values,
         )  # fmt: skip
 

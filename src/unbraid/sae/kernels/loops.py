@@ -85,6 +85,58 @@ def _dot(a: F32, b: F32) -> np.float32:
 
 
 @_compiled
+def _four_dots(
+    x: F32, a: F32, b: F32, c: F32, d: F32
+) -> tuple[np.float32, np.float32, np.float32, np.float32]:
+    p, q, r, s = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+    for i in range(len(x)):
+        p += x[i] * a[i]
+        q += x[i] * b[i]
+        r += x[i] * c[i]
+        s += x[i] * d[i]
+    return p, q, r, s
+
+
+@_compiled
+def _pre_activations(x: F32, W: F32, bias: F32, latents: I32, out: F32) -> None:
+    """out[s] = x · W[latents[s]] + bias[latents[s]]; four at once, so that their rows come from memory
+    together.
+    """
+    s = 0
+    while s + 4 <= len(latents):
+        one, two, three, four = latents[s], latents[s + 1], latents[s + 2], latents[s + 3]
+        sums = _four_dots(x, W[one], W[two], W[three], W[four])
+        out[s] = sums[0] + bias[one]
+        out[s + 1] = sums[1] + bias[two]
+        out[s + 2] = sums[2] + bias[three]
+        out[s + 3] = sums[3] + bias[four]
+        s += 4
+    while s < len(latents):
+        out[s] = _dot(x, W[latents[s]]) + bias[latents[s]]
+        s += 1
+
+
+@_compiled
+def _bar(keys: F32, wanted: int) -> np.float32:
+    """A bar that at least `wanted` keys reach and not many more. By bisection: counting has no branches."""
+    low, high = np.float32(np.inf), np.float32(-np.inf)
+    for i in range(len(keys)):
+        low, high = min(low, keys[i]), max(high, keys[i])
+    for _ in range(16):
+        middle = np.float32(0.5) * (low + high)
+        reach = 0
+        for i in range(len(keys)):
+            reach += keys[i] >= middle
+        if reach >= wanted:
+            low = middle
+            if reach == wanted:
+                break
+        else:
+            high = middle
+    return low
+
+
+@_compiled
 def _score(product: I32, scale: F32, bias: F32, unit: np.float32, score: F32, best: F32) -> None:
     """score (F,) = product · scale + bias · unit, and best (groups,): the largest of g, g + groups, …"""
     F, groups = len(product), len(best)
@@ -122,15 +174,13 @@ def top_k_screened(
     """
     n, F = product.shape
     k = latents.shape[1]
-    groups = max(F // 32, min(F, screened))
+    groups = max(F // 32, min(F, 2 * screened))
     score = np.empty(F, np.float32)
     best = np.empty(groups, np.float32)
-    keys, tags = np.empty(F, np.float32), np.empty(F, np.int32)
+    keys, tags = np.empty(F, np.float32), np.zeros(F, np.int32)  # NaN leaves tags as they are
     for i in range(n):
         _score(product[i], latent_scale, bias, np.float32(1) / row_scale[i], score, best)
-        keys[:groups] = best
-        _partition(keys, tags, 0, groups, screened)
-        bar = keys[:screened].min()
+        bar = _bar(best, screened)
         found = 0
         for g in range(groups):
             if best[g] >= bar:
@@ -142,8 +192,7 @@ def top_k_screened(
         if found > screened:
             _partition(keys, tags, 0, found, screened)
             found = screened
-        for s in range(found):
-            keys[s] = _dot(x[i], W[tags[s]]) + bias[tags[s]]
+        _pre_activations(x[i], W, bias, tags[:found], keys[:found])
         _partition(keys, tags, 0, found, k)
         latents[i] = tags[:k]
         values[i] = keys[:k]
