@@ -6,11 +6,12 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from unbraid.activations.store import ActivationStore
@@ -18,6 +19,8 @@ from unbraid.activations.stream import batches
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.record import check_files
 from unbraid.sae.base import SAE
+from unbraid.training import trainer
+from unbraid.training.checkpoint import Checkpoint
 from unbraid.training.config import TrainConfig
 from unbraid.training.sources import Source, Sources
 from unbraid.training.trainer import Run, train
@@ -158,6 +161,29 @@ def test_an_existing_folder_another_site_and_constant_activations_are_refused(
     flat = make_store(tmp_path / "flat", np.full((500, 8), 3.0, dtype=np.float32))
     with pytest.raises(UserError, match="the same"):
         train(flat, None, SMALL, tmp_path / "other")
+
+
+@pytest.mark.parametrize("kernels", ["auto", "plain"])
+def test_what_is_no_number_stops_the_run_and_reaches_no_checkpoint(
+    make_store: Callable[..., ActivationStore],
+    planted: Callable[..., NDArray[np.float32]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kernels: Literal["auto", "plain"],
+) -> None:
+    x = planted(4000)
+    x[1234, 5] = np.nan
+    spoiled = make_store(tmp_path / "spoiled", x)
+    config = replace(SMALL, kernels=kernels, checkpoint_every=1)
+    with pytest.raises(UserError, match="hold NaN or infinity"):
+        train(spoiled, None, config, tmp_path / "sae")
+    monkeypatch.setattr(trainer, "STATISTICS_TOKENS", 64)  # of a larger store not all is looked at first
+    with pytest.raises(UserError, match="no number any more"):
+        train(spoiled, None, config, tmp_path / "sae")
+    (partial,) = tmp_path.glob("*sae*")
+    checkpoint = Checkpoint.read(partial)
+    assert checkpoint is not None and checkpoint.facts["step"] > 0
+    assert all(tensor.isfinite().all() for tensor in checkpoint.tensors.values())
 
 
 def test_a_partial_run_with_other_settings_is_refused(store: ActivationStore, tmp_path: Path) -> None:

@@ -44,8 +44,8 @@ class AssistantConfig:
     """Number of decoder layers."""
     mlp: int = 512
     """Inner width of each gated MLP."""
-    steps: int = 2000
-    """Optimizer steps; the learning rate warms up over 2 %, stays, and falls to zero over the last 40 %."""
+    steps: int = 2200
+    """Optimizer steps; the learning rate warms up over 2 %, stays, and falls to zero over the last 60 %."""
     batch: int = 64
     """Conversations in a step."""
     advice_share: float = 0.38
@@ -112,8 +112,8 @@ def bucketed(source: Iterator[Conversation], batch: int, pool: int = 32) -> Iter
 
 
 def rate_at(step: int, steps: int) -> float:
-    """Share of the peak learning rate at a step: 2 % warm-up, constant, linear to zero over the last 40 %."""
-    return min((step + 1) / (0.02 * steps), 1.0, (steps - step) / (0.4 * steps))
+    """Share of the peak learning rate at a step: 2 % warm-up, constant, linear to zero over the last 60 %."""
+    return min((step + 1) / (0.02 * steps), 1.0, (steps - step) / (0.6 * steps))
 
 
 def reply_loss(

@@ -17,10 +17,10 @@ from unbraid.practice.world import Conversation
 
 Kind = tuple[str, ...]
 
-WRONG = math.log(2)
-"""A token counts as wrong where the model's first guess is at least twice as likely: several right wordings
-are about equally so."""
-BOOST = 8.0
+WRONG = math.log(4)
+"""A token counts as wrong where the model's first guess is at least four times as likely: several right
+wordings are about equally so."""
+BOOST = 16.0
 """A kind that is always answered wrongly comes 1 + `BOOST` times as often as one that is always right."""
 MEMORY = 0.98
 """How much of the running error of a kind stays when one more of its conversations was seen."""

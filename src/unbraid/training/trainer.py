@@ -183,6 +183,7 @@ class Run:
 
     def _log(self) -> str:
         """Write what the last steps showed as one line; returns it in short."""
+        self._check_finite()
         config = self.config
         error, total, active, tokens = self.sums.tolist()
         self.sums.zero_()
@@ -205,7 +206,16 @@ class Run:
         self.log_bytes += len(line)
         return note
 
+    def _check_finite(self) -> None:
+        """Stop before what is no number reaches the log or a checkpoint."""
+        if not self.sums.isfinite().all():
+            raise UserError(
+                f"{self.sources.stores[0].folder}: by step {self.step} the loss was no number any more; "
+                "either activations there are not (capture them with --dtype float32), or --lr is too high"
+            )
+
     def _checkpoint(self) -> None:
+        self._check_finite()
         with (self.folder / LOG).open("ab") as log:
             os.fsync(log.fileno())  # the checkpoint must not know more of the log than the disk does
         tensors = {name: value for name, value in self.sae.state_dict().items()}
@@ -309,6 +319,11 @@ def _measure(sources: Sources, seed: int) -> tuple[Scaling, Scaling]:
             raise UserError(
                 f"{sources.stores[0].folder}: all activations at {names(parts)} are the same; "
                 "capture more text"
+            )
+        if not (scaling.mean.isfinite().all() and scaling.scale.isfinite().all()):
+            raise UserError(
+                f"{sources.stores[0].folder}: activations at {names(parts)} hold NaN or infinity; capture "
+                "them with --dtype float32"
             )
         found.append(scaling)
     return found[0], found[1]
