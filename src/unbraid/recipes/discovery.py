@@ -111,7 +111,8 @@ def readers_of(shop: Workshop, store: ActivationStore, sites: Sequence[str]) -> 
                     batch_size=config.sae_batch,
                     seed=seed,
                     lr=2e-3,
-                    dead_after=40_000,
+                    auxk_alpha=1 / 8,
+                    dead_after=20_000,
                     threads=2,
                 )
                 with shop.stage(f"train SAE {site} seed {seed}", "steps") as progress:

@@ -33,7 +33,7 @@ class AuditConfig:
     """Latents of each autoencoder, d_sae."""
     k: int = 16
     """Latents that fire at a token."""
-    sae_steps: int = 400
+    sae_steps: int = 500
     """Training steps of each autoencoder."""
     sae_batch: int = 2048
     """Tokens in a training step."""
