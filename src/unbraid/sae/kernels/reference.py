@@ -5,7 +5,6 @@ Sizes as in `loops`: n rows, d = d_in, F = d_sae; W_enc here is (F, d), one late
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
