@@ -142,7 +142,8 @@ class CompiledStep:
                 cuts[part], cuts[part + 1], lists.first, lists.rows, lists.entries, codes, gradient,
                 centred.numpy(), error, self.edges, scale, extra.rows, extra.enc, extra.dec,
                 self.W_enc, self.W_dec, *self.moments, d_b_enc, back[part],
-                self.screen.shadow.numpy(), self.screen.unit, lr / unbias_mean, 1 / unbias_square, BETA_MEAN, BETA_SQUARE, EPSILON,
+                self.screen.shadow.numpy(), self.screen.unit, lr / unbias_mean, 1 / unbias_square,
+                BETA_MEAN, BETA_SQUARE, EPSILON,
             )  # fmt: skip
 
         cpu.side_by_side(backward, range(PARTS), self.threads)
