@@ -36,7 +36,7 @@ def unbraid(s: dict[str, Any], kernels: str = "auto") -> tuple[Step, Weights]:
     from unbraid.sae.objective import StepContext
     from unbraid.sae.registry import build
     from unbraid.training.adam import Adam
-    from unbraid.training.step import stepper
+    from unbraid.training.steppers import stepper
 
     sae = build(SAEConfig("topk", s["d"], s["width"], s["k"]))
     with torch.no_grad():

@@ -59,7 +59,9 @@ def test_head_size_is_64_and_any_text_can_be_encoded() -> None:
 
 def test_learning_rate_warms_up_stays_and_falls_to_zero() -> None:
     rates = [rate_at(step, 1000) for step in range(1000)]
-    assert rates[0] < 0.1 and max(rates) == 1.0 and rates[390] == 1.0 and rates[700] < 0.51 and rates[-1] < 0.01
+    assert (
+        rates[0] < 0.1 and max(rates) == 1.0 and rates[390] == 1.0 and rates[700] < 0.51 and rates[-1] < 0.01
+    )
 
 
 def test_what_the_prompt_decides_weighs_more() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from unbraid.manifest.errors import UserError
 from unbraid.sae.options import check_options
 from unbraid.sae.registry import architecture
-from unbraid.training.step import Kernels
+from unbraid.training.steppers import Kernels
 
 
 def _none() -> Mapping[str, Any]:

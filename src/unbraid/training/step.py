@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from unbraid.sae.base import SAE
 from unbraid.sae.objective import StepContext, StepReport
 from unbraid.training.adam import Adam
-from unbraid.training.compiled import CompiledStep
-
-Kernels = Literal["auto", "plain"]
 
 
 class Stepper(Protocol):
@@ -52,10 +49,3 @@ class PlainStep:
 
     def refresh(self) -> None:
         """Nothing is kept that could be out of date."""
-
-
-def stepper(sae: SAE, optimizer: Adam, kernels: Kernels = "auto") -> Stepper:
-    """The fastest step that there is for an autoencoder, or the plain one."""
-    if kernels == "auto" and CompiledStep.serves(sae):
-        return CompiledStep(sae, optimizer)
-    return PlainStep(sae, optimizer)

@@ -37,7 +37,7 @@ from unbraid.training.config import TrainConfig
 from unbraid.training.revival import DeadWatch, resample
 from unbraid.training.schedule import ramp, rate
 from unbraid.training.sources import Names, Sources, choose_sources, names
-from unbraid.training.step import stepper
+from unbraid.training.steppers import stepper
 
 KIND = "sae"
 LOG = "log.jsonl"

@@ -94,30 +94,59 @@ def test_an_int8_screen_finds_the_top_k_of_uneven_rows() -> None:
     np.testing.assert_allclose(values, np.take_along_axis(x @ W.T, latents.astype(np.int64), 1), rtol=1e-3)
 
 
-@given(SHAPES, st.integers(1, 8))
+@given(SHAPES, st.floats(-1, 3))
+@settings(max_examples=60, deadline=None)
+def test_entries_above_an_edge(shape: tuple[int, int, int, int], level: float) -> None:
+    n, d, F, seed = shape
+    x, W, b = _normal(seed, n, d), _normal(seed + 1, F, d), _normal(seed + 2, F)
+    edge = np.full(F, level, np.float32) + 0.1 * _normal(seed + 3, F)
+    exact = x @ W.T + b
+    off = 0.2 * _normal(seed + 4, n, F)  # how wrong the rough product is, within the slack
+    product = np.rint((x @ W.T + off) * 2.0**20).astype(np.int32)
+    rows, unit = np.ones(n, np.float32), np.full(F, 2.0**-20, np.float32)
+    counts, latents, values = np.empty(n, np.int64), np.empty(n * F, np.int32), np.empty(n * F, np.float32)
+    slack = np.abs(off).max(axis=1).astype(np.float32) + np.float32(1e-4)
+    given = (product, rows, unit, x, W, b, edge, slack, counts)
+    found = loops.above_screened(*given, latents, values)
+    row, wanted = np.nonzero(exact > edge)
+    near = np.abs(exact - edge).min() < 1e-4  # rounding may decide there
+    if not near:
+        assert found == len(wanted) and latents[:found].tolist() == wanted.tolist()
+        assert counts.tolist() == np.bincount(row, minlength=n).tolist()
+        np.testing.assert_allclose(values[:found], exact[row, wanted], rtol=1e-4, atol=1e-4)
+        assert loops.above_screened(*given, latents[:found], values[:found]) == found
+        if found:
+            assert loops.above_screened(*given, latents[: found - 1], values[: found - 1]) == -1
+
+
+@given(SHAPES, st.integers(1, 8), st.integers(1, 3))
 @settings(max_examples=40, deadline=None)
-def test_error_and_value_gradients(shape: tuple[int, int, int, int], k: int) -> None:
+def test_error_and_value_gradients(shape: tuple[int, int, int, int], k: int, nested: int) -> None:
     n, d, F, seed = shape
     k = min(k, F)
     latents, values = _codes(n, F, k, seed)
     W, b, target = _normal(seed, F, d), _normal(seed + 1, d), _normal(seed + 2, n, d)
-    error, gradient = np.empty((n, d), np.float32), np.zeros(n * k, np.float32)
+    edges = np.unique([0, *np.random.default_rng(seed).integers(1, F + 1, nested - 1), F])
+    nested = len(edges) - 1
+    error, gradient = np.empty((nested, n, d), np.float32), np.zeros(n * k, np.float32)
     squared, starts = np.empty(n), np.arange(0, n * k + 1, k)
     half = n // 2
     for rows in (slice(0, half), slice(half, n)):
         loops.decode_and_compare(
-            starts, latents.reshape(-1), values.reshape(-1), W, b, target[rows], rows.start, 0.25,
-            error[rows], gradient, squared[rows],
+            starts, latents.reshape(-1), values.reshape(-1), W, b, edges, target[rows], rows.start, 0.25,
+            error[:, rows], gradient, squared[rows],
         )  # fmt: skip
-    leaf = torch.from_numpy(values).requires_grad_()
-    wanted, entries = reference.decode_and_compare(
-        torch.from_numpy(latents).long(), leaf, *map(torch.from_numpy, (W, b, target))
-    )
-    (auto,) = torch.autograd.grad(0.5 * wanted.square().sum(), leaf)
-    torch.testing.assert_close(entries, auto, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(error, wanted.detach(), rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(gradient.reshape(n, k), 0.25 * auto * (leaf != 0), rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(squared, wanted.detach().square().sum(dim=1), rtol=1e-4, atol=1e-4)
+    leaf, table = torch.from_numpy(values).requires_grad_(), torch.from_numpy(latents).long()
+    wanted = [
+        reference.error(table, leaf * (table < high), *map(torch.from_numpy, (W, b, target)))
+        for high in edges[1:]
+    ]
+    (auto,) = torch.autograd.grad(sum(0.5 * e.square().sum() for e in wanted) / nested, leaf)
+    np.testing.assert_allclose(gradient.reshape(n, k), 0.25 * auto, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(squared, wanted[-1].detach().square().sum(dim=1), rtol=1e-4, atol=1e-4)
+    for m in range(nested):
+        shared = torch.stack(wanted[m:]).sum(dim=0).detach() / nested
+        np.testing.assert_allclose(error[m], shared, rtol=1e-3, atol=1e-4)
 
 
 @given(SHAPES, st.integers(1, 8))
@@ -136,28 +165,30 @@ def test_lists_hold_every_entry_once_in_order(shape: tuple[int, int, int, int], 
 
 @given(SHAPES, st.integers(1, 8))
 @settings(max_examples=30, deadline=None)
-def test_weight_gradients_and_the_update(shape: tuple[int, int, int, int], k: int) -> None:
+def test_the_update(shape: tuple[int, int, int, int], k: int) -> None:
     n, d, F, seed = shape
     k = min(k, F)
     latents, values = _codes(n, F, k, seed)
     first, rows, entries = _grouped(latents, values, F)
-    x, error, gradient = _normal(seed, n, d), _normal(seed + 1, n, d), _normal(seed + 2, n, k)
-    d_enc, d_dec, d_bias = np.empty((F, d), np.float32), np.empty((F, d), np.float32), np.empty(F, np.float32)
-    lists = (first, rows, entries, values.reshape(-1), gradient.reshape(-1), x, error, 0.5)
-    for begin, end in ((0, F // 2), (F // 2, F)):
-        loops.weight_gradients(begin, end, *lists, d_enc, d_bias, d_dec)
-    tensors = [torch.from_numpy(t) for t in (values, gradient, x, error)]
-    enc, bias, dec = reference.weight_gradients(torch.from_numpy(latents), *tensors, F)
-    for found, wanted in ((d_enc, enc), (d_bias, bias), (d_dec, 0.5 * dec)):
-        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
-
+    x, gradient, d_bias = _normal(seed, n, d), _normal(seed + 2, n, k), np.empty(F, np.float32)
+    edges = np.array([0, (F + 1) // 2, F] if F > 1 else [0, F])  # two nested widths, each with its error
+    error = _normal(seed + 1, len(edges) - 1, n, d)
+    lists = (first, rows, entries, values.reshape(-1), gradient.reshape(-1), x, error, edges, 0.5)
+    enc, bias, dec = (torch.zeros(F, d), torch.zeros(F), torch.zeros(F, d))
+    for m in range(len(edges) - 1):
+        tensors = [torch.from_numpy(t) for t in (values, gradient, x, error[m])]
+        mine = slice(edges[m], edges[m + 1])
+        for whole, part in zip(
+            (enc, bias, dec), reference.weight_gradients(torch.from_numpy(latents), *tensors, F), strict=True
+        ):
+            whole[mine] = part[mine]
     W_enc, W_dec = _normal(seed + 3, F, d), _normal(seed + 4, F, d)
     W_dec /= np.linalg.norm(W_dec, axis=1, keepdims=True)
     moments = [np.abs(_normal(seed + 5 + i, F, d)) for i in range(4)]
     extra = np.full(F, -1, np.int32)
     extra[F // 2] = 0
     more = _normal(seed + 9, 2, 1, d)
-    g_enc, g_dec = torch.from_numpy(d_enc.copy()), torch.from_numpy(d_dec.copy())
+    g_enc, g_dec = enc.clone(), 0.5 * dec
     g_enc[F // 2] += torch.from_numpy(more[0, 0])
     g_dec[F // 2] += torch.from_numpy(more[1, 0])
     before = [torch.from_numpy(t.copy()) for t in (W_enc, W_dec, *moments)]
@@ -166,10 +197,12 @@ def test_weight_gradients_and_the_update(shape: tuple[int, int, int, int], k: in
     want_dec, *dec_moments = reference.adam(before[1], g_dec, before[4], before[5], 0.01, 3)
     want_dec = want_dec / want_dec.norm(dim=1, keepdim=True)
     back, shadow, unit = np.zeros(d, np.float32), np.empty((F, d), np.int8), np.empty(F, np.float32)
-    loops.update(
-        0, F, *lists, extra, more[0], more[1], W_enc, W_dec, *moments, d_bias, back, shadow, unit,
+    for begin, end in ((0, F // 3), (F // 3, F)):
+        loops.update(
+        begin, end, *lists, extra, more[0], more[1], W_enc, W_dec, *moments, d_bias, back, shadow, unit,
         0.01 / (1 - 0.9**3), 1 / (1 - 0.999**3), 0.9, 0.999, 1e-8,
     )  # fmt: skip
+    np.testing.assert_allclose(d_bias, bias, rtol=1e-3, atol=1e-4)
     found = (W_enc, W_dec, *moments)
     for mine, wanted in zip(found, (want_enc, want_dec, *enc_moments, *dec_moments), strict=True):
         np.testing.assert_allclose(mine, wanted, rtol=1e-3, atol=1e-4)
@@ -180,9 +213,11 @@ def test_weight_gradients_and_the_update(shape: tuple[int, int, int, int], k: in
 def test_what_is_not_a_number_stays_visible() -> None:
     W, b = np.ones((3, 4), np.float32), np.zeros(4, np.float32)
     target = np.full((1, 4), np.nan, np.float32)
-    error, squared = np.empty((1, 4), np.float32), np.empty(1)
+    error, squared = np.empty((1, 1, 4), np.float32), np.empty(1)
     codes = (np.array([0, 1]), np.zeros(1, np.int32), np.ones(1, np.float32))
-    loops.decode_and_compare(*codes, W, b, target, 0, 1.0, error, np.zeros(1, np.float32), squared)
+    loops.decode_and_compare(
+        *codes, W, b, np.array([0, 3]), target, 0, 1.0, error, np.zeros(1, np.float32), squared
+    )
     assert np.isnan(squared).all()
 
 

@@ -29,6 +29,8 @@ CHUNK_ROWS = 512
 NARROW = 16
 """Width below which the product is in float32: nothing is to gain, and torch 2.13 multiplies int8 matrices
 with an inner size of 1 wrongly where the second is transposed."""
+SIGMAS = 6.0
+"""Standard errors that the screen allows a rough product to be off."""
 PARTS = 64
 """Ranges of about equal work that the latents are split into."""
 ROW_COST = 6
@@ -127,6 +129,31 @@ class Screen:
             product.numpy(), scale, unit, x.numpy(), self.W_enc, self.b_enc, min(F, k + k // 4 + 8),
             latents, values,
         )  # fmt: skip
+
+    def above(self, x: Tensor, edge: F32, norm: float, room: int) -> tuple[I64, I32, F32] | None:
+        """Entries of x (m, d), m ≤ CHUNK_ROWS, whose pre-activation exceeds edge (F,): how many each row has
+        (m,), their latents, rising in each row, and values; None where there are more than `room`.
+
+        `norm` is the largest length of a row of W_enc.
+        """
+        product, scale, unit = self.product(x)
+        length = x.norm(dim=1).numpy()
+        if self.kind == "int8":
+            # Rounding to units of u is off by u/√12; the products' errors add up like independent ones.
+            rough = np.sqrt((scale * norm) ** 2 + (unit.max() * length) ** 2) / np.sqrt(12)
+            slack = SIGMAS * rough
+        else:
+            slack = 1e-5 * length * norm
+        counts, latents, values = (
+            np.empty(len(x), np.int64),
+            np.empty(room, np.int32),
+            np.empty(room, np.float32),
+        )
+        found = loops.above_screened(
+            product.numpy(), scale, unit, x.numpy(), self.W_enc, self.b_enc, edge, slack.astype(np.float32),
+            counts, latents, values,
+        )  # fmt: skip
+        return None if found < 0 else (counts, latents[:found], values[:found])
 
     def product(self, x: Tensor) -> tuple[Tensor, F32, F32]:
         """Roughly x W_encᵀ, (m, F), and its units: one for each row (m,) times one for each latent (F,)."""

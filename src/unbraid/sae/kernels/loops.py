@@ -221,25 +221,33 @@ def above_screened(
     n, F = product.shape
     groups = max(F // 32, 1)
     score, best = np.empty(F, np.float32), np.empty(groups, np.float32)
+    near, tags, exact = np.empty(groups, np.int32), np.empty(F, np.int32), np.empty(F, np.float32)
     below = bias - edge
     found = 0
     for i in range(n):
         unit = np.float32(1) / row_scale[i]
         _score(product[i], latent_scale, below, unit, score, best)
         bar = -slack[i] * unit
-        start = found
-        # Latents in order: one pass over the groups' members at each offset, where any group is near.
+        many = 0
+        for g in range(groups):
+            near[many] = g
+            many += best[g] > bar
+        candidates = 0
         for offset in range(0, F, groups):
-            for g in range(min(groups, F - offset)):
-                if best[g] > bar and score[offset + g] > bar:
-                    j = offset + g
-                    exact = _dot(x[i], W[j]) + bias[j]
-                    if exact > edge[j]:
-                        if found == len(latents):
-                            return -1
-                        latents[found] = j
-                        values[found] = exact
-                        found += 1
+            for m in range(many):
+                j = offset + near[m]
+                if j < F and score[j] > bar:
+                    tags[candidates] = j
+                    candidates += 1
+        _pre_activations(x[i], W, bias, tags[:candidates], exact[:candidates])
+        start = found
+        for c in range(candidates):
+            if exact[c] > edge[tags[c]]:
+                if found == len(latents):
+                    return -1
+                latents[found] = tags[c]
+                values[found] = exact[c]
+                found += 1
         counts[i] = found - start
     return found
 
@@ -289,6 +297,7 @@ def decode_and_compare(
     values: F32,
     W_dec: F32,
     b_dec: F32,
+    edges: I64,
     target: F32,
     first: int,
     scale: float,
@@ -296,28 +305,48 @@ def decode_and_compare(
     gradient: F32,
     squared: NDArray[np.float64],
 ) -> None:
-    """For rows first, first + 1, … : error = (f W_dec + b_dec − target), and scale · error · W_dec[j] for
-    every entry that is not 0.
+    """For rows first, first + 1, …: how wrong the reconstruction f W_dec + b_dec − target is, and what
+    every entry's value adds to it, scale · error · W_dec[latent].
 
-    target and error: (m, d), for the m rows alone; starts, latents, values and gradient cover the batch.
-    squared: (m,), the squared length of each row's error.
+    With M nested widths edges[1:] (M is 1 but for Matryoshka), the reconstruction of the first edges[m + 1]
+    latents has an error of its own, and what counts is the mean of the M: error[m] is Σ of those that latents
+    edges[m] … edges[m + 1] − 1 have a part in, over M.
+
+    target: (rows, d) and error: (M, rows, d), for these rows alone; starts, latents, values and gradient
+    cover the batch. squared: (rows,), the squared length of each row's error when all latents take part.
     """
-    m, d = target.shape
-    for i in range(m):
-        row = error[i]
-        for c in range(d):
-            row[c] = b_dec[c] - target[i, c]
+    rows, d = target.shape
+    nested = len(edges) - 1
+    for i in range(rows):
         begin, end = starts[first + i], starts[first + i + 1]
-        for e in range(begin, end):
-            value = values[e]
-            if value != 0:
-                latent = W_dec[latents[e]]
+        for m in range(nested):
+            row = error[m, i]
+            if m == 0:
                 for c in range(d):
-                    row[c] += value * latent[c]
+                    row[c] = b_dec[c] - target[i, c]
+            else:
+                row[:] = error[m - 1, i]
+            for e in range(begin, end):
+                value, j = values[e], latents[e]
+                if value != 0 and edges[m] <= j < edges[m + 1]:
+                    latent = W_dec[j]
+                    for c in range(d):
+                        row[c] += value * latent[c]
+        squared[i] = _dot(error[nested - 1, i], error[nested - 1, i])
+        if nested > 1:
+            share = np.float32(1) / np.float32(nested)
+            for m in range(nested - 1, -1, -1):
+                row = error[m, i]
+                for c in range(d):
+                    row[c] *= share
+                if m + 1 < nested:
+                    for c in range(d):
+                        row[c] += error[m + 1, i, c]
         for e in range(begin, end):
-            if values[e] != 0:
-                gradient[e] = np.float32(scale) * _dot(row, W_dec[latents[e]])
-        squared[i] = _dot(row, row)
+            m = 0
+            while latents[e] >= edges[m + 1]:
+                m += 1
+            gradient[e] = np.float32(scale) * _dot(error[m, i], W_dec[latents[e]])
 
 
 @_compiled
@@ -363,32 +392,6 @@ def _sums(
 
 
 @_compiled
-def weight_gradients(
-    begin: int,
-    end: int,
-    first: I64,
-    rows: I32,
-    entries: I32,
-    values: F32,
-    gradient: F32,
-    x: F32,
-    error: F32,
-    scale: float,
-    d_enc: F32,
-    d_bias: F32,
-    d_dec: F32,
-) -> None:
-    """Gradients of latents begin … end − 1: d_enc[j] = Σ gradient · x[row], d_bias[j] = Σ gradient and
-    d_dec[j] = scale · Σ value · error[row]; d_enc and d_dec: (F, d), d_bias: (F,)."""
-    for j in range(begin, end):
-        d_enc[j] = 0
-        d_dec[j] = 0
-        d_bias[j] = _sums(
-            first[j], first[j + 1], rows, entries, values, gradient, x, error, scale, d_enc[j], d_dec[j]
-        )
-
-
-@_compiled
 def _adam(
     w: F32, g: F32, mean: F32, square: F32, lr: float, unbias: float, beta1: float, beta2: float, eps: float
 ) -> None:
@@ -415,6 +418,7 @@ def update(
     gradient: F32,
     x: F32,
     error: F32,
+    edges: I64,
     scale: float,
     extra: I32,
     extra_enc: F32,
@@ -437,22 +441,26 @@ def update(
 ) -> None:
     """Move latents begin … end − 1 by their gradients, in one pass over their rows of every matrix.
 
-    For each latent: the sums of `weight_gradients`; plus row extra[j] of extra_enc and extra_dec where that
-    is not −1; what would change the decoder row's length alone is taken out; Adam; the decoder row's length
+    For each latent: Σ gradient · x[row] and scale · Σ value · error[m, row] over its entries, where latent j
+    is one of edges[m] … edges[m + 1] − 1; plus row extra[j] of extra_enc and extra_dec where that is not −1;
+    what would change the decoder row's length alone is taken out; Adam; the decoder row's length
     is set to 1; the encoder row is quantised into shadow (F, d) and shadow_scale (F,) for the next screen.
     d_bias: (F,), gradients of b_enc; back: (d,), to which Σ d_bias[j] · W_enc[j] is added, with the weights
     from before: what the codes' gradient is in the activations.
     """
     d = x.shape[1]
     enc, dec = np.empty(d, np.float32), np.empty(d, np.float32)
+    m = 0
     for j in range(begin, end):
+        while j >= edges[m + 1]:
+            m += 1
         if extra[j] >= 0:
             enc[:] = extra_enc[extra[j]]
             dec[:] = extra_dec[extra[j]]
         else:
             enc[:] = 0
             dec[:] = 0
-        total = _sums(first[j], first[j + 1], rows, entries, values, gradient, x, error, scale, enc, dec)
+        total = _sums(first[j], first[j + 1], rows, entries, values, gradient, x, error[m], scale, enc, dec)
         d_bias[j] = total
         for c in range(d):
             back[c] += total * W_enc[j, c]

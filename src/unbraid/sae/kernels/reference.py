@@ -5,7 +5,6 @@ Sizes as in `loops`: n rows, d = d_in, F = d_sae; W_enc here is (F, d), one late
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -15,12 +14,9 @@ def top_k(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tens
     return latents, values
 
 
-def decode_and_compare(
-    latents: Tensor, values: Tensor, W_dec: Tensor, b_dec: Tensor, target: Tensor
-) -> tuple[Tensor, Tensor]:
-    """error (n, d) = f W_dec + b_dec − target, and the gradient (n, k) of ½‖error‖² in each value."""
-    error = (values[:, :, None] * W_dec[latents]).sum(dim=1) + b_dec - target
-    return error, torch.einsum("nd,nkd->nk", error, W_dec[latents])
+def error(latents: Tensor, values: Tensor, W_dec: Tensor, b_dec: Tensor, target: Tensor) -> Tensor:
+    """f W_dec + b_dec − target, (n, d), of codes given as latents and values (n, k)."""
+    return (values[:, :, None] * W_dec[latents]).sum(dim=1) + b_dec - target
 
 
 def weight_gradients(

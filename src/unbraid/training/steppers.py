@@ -1,0 +1,41 @@
+"""The fastest step that there is for an autoencoder."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from unbraid.sae.base import SAE
+from unbraid.sae.batchtopk import BatchTopKSAE
+from unbraid.sae.jumprelu import JumpReLUSAE
+from unbraid.sae.kernels import cpu
+from unbraid.sae.kernels.cpu import Precision
+from unbraid.sae.matryoshka import MatryoshkaSAE
+from unbraid.sae.relu import ReLUSAE
+from unbraid.sae.topk import TopKSAE
+from unbraid.training.adam import Adam
+from unbraid.training.compiled import CompiledStep, TopKStep
+from unbraid.training.compiled_threshold import BatchTopKStep, JumpReLUStep, ReLUStep
+from unbraid.training.step import PlainStep, Stepper
+
+Kernels = Literal["auto", "plain"]
+
+
+def stepper(sae: SAE, optimizer: Adam, kernels: Kernels = "auto") -> Stepper:
+    """Compiled loops where they serve, for what they serve; PyTorch's operations otherwise."""
+    return (compiled(sae, optimizer) if kernels == "auto" else None) or PlainStep(sae, optimizer)
+
+
+def compiled(sae: SAE, optimizer: Adam, *, precision: Precision | None = None) -> CompiledStep | None:
+    """Steps in compiled loops, for float32 on the processor; None where there are none."""
+    if not cpu.fits(sae.W_enc, sae.W_dec):
+        return None
+    # A subclass may have another objective, so the type has to be exactly this.
+    if type(sae) is TopKSAE:
+        return TopKStep(sae, optimizer, precision=precision)
+    if type(sae) is BatchTopKSAE or type(sae) is MatryoshkaSAE:
+        return BatchTopKStep(sae, optimizer, precision=precision)
+    if type(sae) is ReLUSAE:
+        return ReLUStep(sae, optimizer, precision=precision)
+    if type(sae) is JumpReLUSAE and not sae.options.through_encoder:
+        return JumpReLUStep(sae, optimizer, precision=precision)
+    return None
