@@ -8,6 +8,8 @@ the same order and take turns, `--steps` steps at a time, so that whatever else 
 them alike. Only ratios inside one run mean something. Afterwards every autoencoder is measured here, by the
 same code, on activations that none was trained on: fraction of variance unexplained, L0, and the share of
 latents that never fired there. The first round of each tool is not counted.
+
+`--arch` takes the other architectures that SAELens has as well; ReLU and JumpReLU begin where k latents fire.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from workers import initial
 
 HELD_OUT = 8192
 ACTIVE = 20
@@ -49,6 +52,14 @@ def synthetic(n: int, d: int, features: int, seed: int) -> np.ndarray:
     return x / np.float32(np.sqrt((x**2).mean()))
 
 
+def level(settings: dict[str, Any], x: torch.Tensor) -> float:
+    """The pre-activation that k latents of an activation exceed with the weights that all start from: where
+    ReLU and JumpReLU begin, since they would need thousands of steps to get there from everything active.
+    """
+    pre = x @ initial(settings).T
+    return float(pre.topk(settings["k"], dim=1).values[:, -1].mean())
+
+
 @dataclass
 class Worker:
     """A tool's process."""
@@ -69,18 +80,23 @@ class Worker:
         return json.loads(line)
 
 
-def measure(folder: Path, x: torch.Tensor, k: int) -> dict[str, float]:
-    """FVU, L0 and dead share of the weights a worker wrote, on held-out activations x (n, d)."""
+def measure(folder: Path, x: torch.Tensor, k: int, arch: str) -> dict[str, float]:
+    """FVU, L0 and dead share of the weights a worker wrote, on held-out activations x (n, d).
+
+    Codes are what the architecture trains with: the k largest of each row, those of a batch of 1024 rows, or
+    all above the thresholds.
+    """
     w = load_file(folder / "weights.safetensors")
-    threshold = w.get("threshold")
     error, fired, active = 0.0, torch.zeros(len(w["W_dec"]), dtype=torch.bool), 0.0
     for rows in x.split(1024):
         pre = ((rows - w["b_dec"]) @ w["W_enc"] + w["b_enc"]).relu()
-        if threshold is not None:
-            codes = pre * (pre > threshold)
-        else:
+        if arch == "topk":
             top = pre.topk(k, dim=1)
             codes = torch.zeros_like(pre).scatter(1, top.indices, top.values)
+        elif arch in ("batchtopk", "matryoshka"):
+            codes = pre * (pre >= pre.flatten().topk(len(rows) * k).values[-1])
+        else:
+            codes = pre * (pre > w.get("threshold", torch.zeros(())))
         error += float((rows - codes @ w["W_dec"] - w["b_dec"]).square().sum())
         fired |= (codes > 0).any(dim=0)
         active += float((codes > 0).sum())
@@ -101,14 +117,20 @@ def main() -> None:
         ("steps", 3),
     ):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument(
+        "--arch", default="topk", choices=("topk", "batchtopk", "matryoshka", "relu", "jumprelu")
+    )
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--sparsity", type=float, default=1.0, help="weight of ReLU's L1, JumpReLU's L0")
+    parser.add_argument("--bandwidth", type=float, default=0.3, help="of JumpReLU's window")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
     parser.add_argument("--plain", action="store_true", help="also our own step without compiled loops")
     parser.add_argument("--out", type=Path, help="file for the result as JSON")
     given = parser.parse_args()
-    settings = {name: getattr(given, name) for name in ("d", "width", "k", "batch", "lr", "seed", "threads")}
+    names = ("arch", "d", "width", "k", "batch", "lr", "seed", "threads", "sparsity", "bandwidth")
+    settings = {name: getattr(given, name) for name in names}
     interpreters = {"unbraid": sys.executable}
     if given.plain:
         interpreters["unbraid-plain"] = sys.executable
@@ -119,6 +141,7 @@ def main() -> None:
         n = given.batch * min(given.rounds * given.steps, 100)
         x = synthetic(n + HELD_OUT, given.d, 2 * given.width, given.seed)
         np.save(folder / "x.npy", x[:n])
+        settings["level"] = level(settings, torch.from_numpy(x[:1024]))
         (folder / "settings.json").write_text(json.dumps(settings))
         workers = []
         for tool, python in interpreters.items():
@@ -138,7 +161,7 @@ def main() -> None:
         for worker in workers:
             worker.peak_mb = worker.ask(finish=True)["peak_mb"]
             worker.process.wait()
-            quality = measure(folder / worker.name, held_out, given.k)
+            quality = measure(folder / worker.name, held_out, given.k, given.arch)
             ms = median(worker.step_ms)
             result["tools"][worker.name] = {
                 "ms_median": ms, "ms_min": min(worker.step_ms), "tokens_per_s": 1000 * given.batch / ms,

@@ -30,6 +30,11 @@ def initial(s: dict[str, Any]) -> torch.Tensor:
     return rows / rows.norm(dim=1, keepdim=True)
 
 
+def nested(s: dict[str, Any]) -> list[int]:
+    """Matryoshka's widths."""
+    return [s["width"] // part for part in (16, 8, 4, 2)]
+
+
 def unbraid(s: dict[str, Any], kernels: str = "auto") -> tuple[Step, Weights]:
     """The trainer's own step, with its dead counters."""
     from unbraid.sae.base import SAEConfig
@@ -38,11 +43,23 @@ def unbraid(s: dict[str, Any], kernels: str = "auto") -> tuple[Step, Weights]:
     from unbraid.training.adam import Adam
     from unbraid.training.steppers import stepper
 
-    sae = build(SAEConfig("topk", s["d"], s["width"], s["k"]))
+    arch, own = s["arch"], s["arch"] in ("relu", "jumprelu")
+    options: dict[str, Any] = {
+        "matryoshka": {"widths": tuple(nested(s))},
+        "relu": {"l1": s["sparsity"]},
+        "jumprelu": {"l0": s["sparsity"], "bandwidth": s["bandwidth"], "start": s["level"]},
+    }.get(arch, {})
+    sae = build(SAEConfig(arch, s["d"], s["width"], 0 if own else s["k"], options=options))
     with torch.no_grad():
         sae.W_dec.copy_(initial(s))
         sae.W_enc.copy_(initial(s).T)
+        if arch == "jumprelu":
+            sae.threshold.fill_(s["level"])
+        elif arch == "relu":
+            sae.b_enc.fill_(-s["level"])
     move = stepper(sae, Adam(sae), kernels)  # type: ignore[arg-type]
+    if move.own_threads:
+        torch.set_num_threads(1)  # as the trainer does
     silent, count = torch.zeros(s["width"], dtype=torch.int64), 0
 
     def step(x: torch.Tensor) -> None:
@@ -58,14 +75,33 @@ def unbraid(s: dict[str, Any], kernels: str = "auto") -> tuple[Step, Weights]:
 def saelens(s: dict[str, Any]) -> tuple[Step, Weights]:
     """SAELens's `SAETrainer.step`."""
     from sae_lens.config import LoggingConfig, SAETrainerConfig
+    from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+    from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
+    from sae_lens.saes.matryoshka_batchtopk_sae import (
+        MatryoshkaBatchTopKTrainingSAE,
+        MatryoshkaBatchTopKTrainingSAEConfig,
+    )
+    from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
     from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=s["d"], d_sae=s["width"], k=s["k"]))
+    arch, size = s["arch"], {"d_in": s["d"], "d_sae": s["width"]}
+    jump = {"l0_coefficient": s["sparsity"], "jumprelu_bandwidth": s["bandwidth"]}
+    sae: Any = {
+        "topk": lambda: TopKTrainingSAE(TopKTrainingSAEConfig(**size, k=s["k"])),
+        "batchtopk": lambda: BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**size, k=float(s["k"]))),
+        "matryoshka": lambda: MatryoshkaBatchTopKTrainingSAE(
+            MatryoshkaBatchTopKTrainingSAEConfig(**size, k=float(s["k"]), matryoshka_widths=nested(s))
+        ),
+        "jumprelu": lambda: JumpReLUTrainingSAE(
+            JumpReLUTrainingSAEConfig(**size, jumprelu_init_threshold=s["level"], **jump)
+        ),
+        "relu": lambda: StandardTrainingSAE(StandardTrainingSAEConfig(**size, l1_coefficient=s["sparsity"])),
+    }[arch]()
     with torch.no_grad():
         sae.W_dec.copy_(initial(s))
         sae.W_enc.copy_(initial(s).T)
-        sae.b_enc.zero_()
+        sae.b_enc.fill_(-s["level"] if arch == "relu" else 0.0)
         sae.b_dec.zero_()
     config = SAETrainerConfig(
         total_training_samples=10**9, train_batch_size_samples=s["batch"], lr=s["lr"], lr_end=s["lr"],
@@ -80,7 +116,7 @@ def saelens(s: dict[str, Any]) -> tuple[Step, Weights]:
     def weights() -> dict[str, torch.Tensor]:
         # Its codes are multiplied by the decoder rows' lengths before the k largest are chosen.
         found = {name: w.detach().clone() for name, w in sae.named_parameters()}
-        if sae.cfg.rescale_acts_by_decoder_norm:
+        if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
             norms = found["W_dec"].norm(dim=1)
             found["W_enc"], found["b_enc"] = found["W_enc"] * norms, found["b_enc"] * norms
             found["W_dec"] = found["W_dec"] / norms[:, None]
