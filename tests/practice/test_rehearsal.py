@@ -38,7 +38,7 @@ def test_what_fails_comes_more_often_by_the_boost_and_the_rest_stays_even() -> N
 def test_errors_are_forgotten_once_a_kind_is_right() -> None:
     rehearsal = Rehearsal(0)
     _taught(rehearsal, TRUSTED)
-    for _ in range(4):
+    for _ in range(8):
         _taught(rehearsal, ("none",))
     assert rehearsal.errors[TRUSTED] < 0.01
     assert sum(rehearsal.wanted(c) for c in DRAWN) > 0.95 * len(DRAWN)

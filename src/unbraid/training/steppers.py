@@ -27,7 +27,7 @@ def stepper(sae: SAE, optimizer: Adam, kernels: Kernels = "auto") -> Stepper:
 
 def compiled(sae: SAE, optimizer: Adam, *, precision: Precision | None = None) -> CompiledStep | None:
     """Steps in compiled loops, for float32 on the processor; None where there are none."""
-    if not cpu.fits(sae.W_enc, sae.W_dec):
+    if not cpu.fits(*sae.parameters()):
         return None
     # A subclass may have another objective, so the type has to be exactly this.
     if type(sae) is TopKSAE:
