@@ -196,8 +196,9 @@ def code(rng: random.Random, *, unseen: bool) -> Scene:
         rng,
         "code",
         [(ask, "topic", "code", {"task": task})],
-        f"def f(xs): {lex.CODE_TASKS[task]}",
+        "def f(xs): {body}",
         unseen=unseen,
+        body=lex.CODE_TASKS[task],
     )
 
 
