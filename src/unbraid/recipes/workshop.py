@@ -41,7 +41,7 @@ class AuditConfig:
     """Autoencoders trained at each site, each from its own seed."""
     most_latents: int = 3
     """A policy edits at most this many latents."""
-    doses: tuple[float, ...] = (2.0, 4.0, 6.0, 8.0)
+    doses: tuple[float, ...] = (2.0, 4.0, 6.0)
     """Doses tried: how many times a latent's own contribution is removed."""
     alphas: tuple[float, ...] = (1.0, 2.0, 4.0, 6.0)
     """Multiples of the contrastive vector tried for subtraction."""
