@@ -163,6 +163,7 @@ def test_an_existing_folder_another_site_and_constant_activations_are_refused(
         train(flat, None, SMALL, tmp_path / "other")
 
 
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu"])
 @pytest.mark.parametrize("kernels", ["auto", "plain"])
 def test_what_is_no_number_stops_the_run_and_reaches_no_checkpoint(
     make_store: Callable[..., ActivationStore],
@@ -170,11 +171,12 @@ def test_what_is_no_number_stops_the_run_and_reaches_no_checkpoint(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     kernels: Literal["auto", "plain"],
+    architecture: str,
 ) -> None:
     x = planted(4000)
     x[1234, 5] = np.nan
     spoiled = make_store(tmp_path / "spoiled", x)
-    config = replace(SMALL, kernels=kernels, checkpoint_every=1)
+    config = replace(SMALL, kernels=kernels, architecture=architecture, checkpoint_every=1)
     with pytest.raises(UserError, match="hold NaN or infinity"):
         train(spoiled, None, config, tmp_path / "sae")
     monkeypatch.setattr(trainer, "STATISTICS_TOKENS", 64)  # of a larger store not all is looked at first

@@ -16,6 +16,7 @@ is the form to read. The loops are `sae.kernels.loops`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,7 +84,7 @@ class Extra:
         )  # fmt: skip
 
 
-class CompiledStep:
+class CompiledStep(ABC):
     """Steps of one autoencoder; weights and moments are those of the SAE and of Adam, changed in place.
 
     It runs on as many threads as torch has when it is made. A subclass says which entries fire.
@@ -158,9 +159,9 @@ class CompiledStep:
             active=torch.tensor(int(lists.first[-1])),
         )
 
+    @abstractmethod
     def select(self, x: Tensor, number: int) -> Fired:
         """The entries of a batch, x (n, d_in) being what W_enc multiplies."""
-        raise NotImplementedError
 
     def finish_gradient(self, fired: Fired, gradient: F32, context: StepContext, numel: int) -> F32:
         """Add to the gradient of each entry's value what is not reconstruction; returns the codes."""
