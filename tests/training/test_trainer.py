@@ -19,11 +19,12 @@ from unbraid.activations.stream import batches
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.record import check_files
 from unbraid.sae.base import SAE
-from unbraid.training import trainer
+from unbraid.training import run as training_run
 from unbraid.training.checkpoint import Checkpoint
 from unbraid.training.config import TrainConfig
+from unbraid.training.run import Run
 from unbraid.training.sources import Source, Sources
-from unbraid.training.trainer import Run, train
+from unbraid.training.trainer import Job, advance, train, train_together
 
 SMALL = TrainConfig(
     d_sae=96,
@@ -85,7 +86,7 @@ def test_the_saved_autoencoder_does_on_raw_activations_what_training_did(
     store: ActivationStore, tmp_path: Path
 ) -> None:
     run = Run(_sources(store), replace(SMALL, steps=20), tmp_path)
-    run.go(None)
+    advance([run], None)
     (x,) = batches(store, store.sites[0], 500, seed=5, steps=1)
     with torch.no_grad():
         trained = run.sae(run.scaling(x))
@@ -119,7 +120,7 @@ def test_dead_latents_are_revived(store: ActivationStore, tmp_path: Path) -> Non
         run = Run(_sources(store), replace(SMALL, auxk_alpha=alpha, dead_after=300), tmp_path)
         with torch.no_grad():
             run.sae.W_enc[:, ::2] *= 0.05  # half of the latents start too weak to be among the first k
-        run.go(None)
+        advance([run], None)
         (x,) = batches(store, store.sites[0], 4000, seed=5, steps=1)
         fired = (run.sae.encode_dense(run.scaling(x)) > 0).any(dim=0)[::2]
         shares[alpha] = 1 - float(fired.double().mean())
@@ -179,7 +180,7 @@ def test_what_is_no_number_stops_the_run_and_reaches_no_checkpoint(
     config = replace(SMALL, kernels=kernels, architecture=architecture, checkpoint_every=1)
     with pytest.raises(UserError, match="hold NaN or infinity"):
         train(spoiled, None, config, tmp_path / "sae")
-    monkeypatch.setattr(trainer, "STATISTICS_TOKENS", 64)  # of a larger store not all is looked at first
+    monkeypatch.setattr(training_run, "STATISTICS_TOKENS", 64)  # of a larger store not all is looked at first
     with pytest.raises(UserError, match="no number any more"):
         train(spoiled, None, config, tmp_path / "sae")
     (partial,) = tmp_path.glob("*sae*")
@@ -202,3 +203,49 @@ def test_a_partial_run_with_other_settings_is_refused(store: ActivationStore, tm
         train(store, None, replace(SMALL, lr=1e-3), tmp_path / "sae")
     train(store, None, SMALL, tmp_path / "sae")
     assert check_files(tmp_path / "sae").facts["tokens"] == 150 * 256
+
+
+JOBS = (
+    replace(SMALL, steps=60, checkpoint_every=20),
+    replace(SMALL, steps=60, checkpoint_every=25, d_sae=48, k=6, lr=3e-3, architecture="batchtopk"),
+    replace(SMALL, steps=60, checkpoint_every=20, architecture="gated"),
+)
+
+
+def _jobs(store: ActivationStore, folder: Path) -> list[Job]:
+    return [Job(_sources(store), config, folder / f"{i}") for i, config in enumerate(JOBS)]
+
+
+def _same_files(one: Path, other: Path) -> None:
+    names = sorted(path.name for path in one.iterdir())
+    assert names == sorted(path.name for path in other.iterdir())
+    assert {n: (one / n).read_bytes() for n in names} == {n: (other / n).read_bytes() for n in names}
+
+
+def test_trained_together_each_is_what_it_is_alone(store: ActivationStore, tmp_path: Path) -> None:
+    train_together(_jobs(store, tmp_path / "together"))
+    for i, config in enumerate(JOBS):
+        train(store, None, config, tmp_path / "alone" / f"{i}")
+        _same_files(tmp_path / "together" / f"{i}", tmp_path / "alone" / f"{i}")
+
+
+def test_stopped_together_each_goes_on_from_its_own_checkpoint(
+    store: ActivationStore, tmp_path: Path
+) -> None:
+    def stop(done: int, total: int, note: str = "") -> None:
+        if done == 45:  # the checkpoints are those of steps 40, 25 and 40
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_together(_jobs(store, tmp_path / "stopped"), progress=stop)
+    train_together(_jobs(store, tmp_path / "stopped"))
+    train_together(_jobs(store, tmp_path / "whole"))
+    for i in range(len(JOBS)):
+        _same_files(tmp_path / "stopped" / f"{i}", tmp_path / "whole" / f"{i}")
+
+
+def test_jobs_of_different_streams_are_refused(store: ActivationStore, tmp_path: Path) -> None:
+    one, two = _jobs(store, tmp_path)[:2]
+    with pytest.raises(ValueError, match="same seed"):
+        train_together([one, replace(two, config=replace(two.config, seed=1))])
+    assert not list(tmp_path.iterdir())

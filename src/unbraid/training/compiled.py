@@ -106,6 +106,11 @@ class CompiledStep(ABC):
         # Kept between steps: fresh memory costs more than its use.
         self.error, self.squared = np.empty((1, 0, 0), np.float32), np.empty(0)
 
+    @property
+    def name(self) -> str:
+        """What it computes with, in a few words."""
+        return f"compiled loops after {self.screen.kind} screening, {self.threads} threads"
+
     def refresh(self) -> None:
         """Take notice of weights that were changed from outside."""
         self.screen = Screen(self.W_enc, self.screen.b_enc, self.screen.kind)

@@ -6,7 +6,7 @@ rows of different sites, and of different models, belong to the same token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -53,18 +53,35 @@ class Sources:
         """Whether targets are other sites than inputs."""
         return self.inputs != self.targets
 
+    @property
+    def parts(self) -> tuple[Source, ...]:
+        """All that is read, each once."""
+        return tuple(dict.fromkeys((*self.inputs, *self.targets)))
+
     def batches(
         self, batch_size: int, *, seed: int, steps: int, start: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Shuffled (inputs (n, d_in), targets (n, d_out)) in float32, the same tensor where one."""
-        wanted = list(dict.fromkeys((*self.inputs, *self.targets)))
-        streams = [
-            batches(store, site, batch_size, seed=seed, steps=steps, start=start) for store, site in wanted
-        ]
-        for parts in zip(*streams, strict=True):
-            found = dict(zip(wanted, parts, strict=True))
-            x = _side_by_side([found[source] for source in self.inputs])
-            yield x, _side_by_side([found[source] for source in self.targets]) if self.across else x
+        for found in stream(self.parts, batch_size, seed=seed, steps=steps, start=start):
+            yield self.of(found)
+
+    def of(self, found: Mapping[Source, Tensor]) -> tuple[Tensor, Tensor]:
+        """Inputs and targets out of one batch of `stream`."""
+        x = _side_by_side([found[source] for source in self.inputs])
+        return x, _side_by_side([found[source] for source in self.targets]) if self.across else x
+
+
+def stream(
+    sources: Iterable[Source], batch_size: int, *, seed: int, steps: int, start: int = 0
+) -> Iterator[dict[Source, Tensor]]:
+    """Shuffled batches (n, d) in float32 of every source, the same tokens in all of them; see
+    `activations.stream.batches`."""
+    sources = list(sources)
+    streams = [
+        batches(store, site, batch_size, seed=seed, steps=steps, start=start) for store, site in sources
+    ]
+    for parts in zip(*streams, strict=True):
+        yield dict(zip(sources, parts, strict=True))
 
 
 def _side_by_side(parts: list[Tensor]) -> Tensor:

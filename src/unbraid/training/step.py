@@ -15,6 +15,11 @@ class Stepper(Protocol):
     """Moves an autoencoder by one batch after the other."""
 
     @property
+    def name(self) -> str:
+        """What it computes with, in a few words."""
+        ...
+
+    @property
     def own_threads(self) -> bool:
         """Whether it starts threads of its own. Torch should then have one between the steps: after every
         operation its others wait for the next by spinning, on the processors that the step's threads need.
@@ -33,6 +38,7 @@ class Stepper(Protocol):
 class PlainStep:
     """PyTorch's own operations, for every architecture and device."""
 
+    name = "plain PyTorch"
     own_threads = False
 
     def __init__(self, sae: SAE, optimizer: Adam) -> None:
