@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from unbraid.activations.documents import Document
 from unbraid.activations.text import tokenise
-from unbraid.evaluation.evaluate import Evaluation, evaluate
+from unbraid.evaluation.evaluate import Evaluation, evaluate, evaluate_all
 from unbraid.manifest.errors import UserError
 from unbraid.model.load import LanguageModel
 from unbraid.sae.base import SAE
@@ -134,6 +134,21 @@ def _worse(sae: SAE, kind: str) -> SAE:
             worse = build(replace(sae.config, k=2))
             worse.load_state_dict(sae.state_dict())
     return worse.requires_grad_(False)
+
+
+def test_evaluated_together_each_is_as_it_is_alone(
+    sae: SAE, lm: LanguageModel, documents: list[Document]
+) -> None:
+    elsewhere = build(replace(sae.config, site="layers.0.mlp_out"))
+    elsewhere.load_state_dict(sae.state_dict())
+    saes = [sae, elsewhere.requires_grad_(False), _worse(sae, "fewer")]
+    seen: list[tuple[int, int]] = []
+    together = evaluate_all(
+        saes, lm, documents, progress=lambda done, total, note="": seen.append((done, total))
+    )
+    assert [found.site for found in together] == [str(one.site) for one in saes]
+    assert together == [evaluate(one, lm, documents) for one in saes]
+    assert seen[-1][0] == seen[-1][1] and len(seen) == seen[-1][1]
 
 
 @pytest.mark.parametrize("kind", ["shrunk", "noise", "permuted", "fewer"])

@@ -8,10 +8,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_1samp
 
 from unbraid.stats import bootstrap
-from unbraid.stats.bootstrap import Interval, bootstrap_mean, bootstrap_ratio, paired_difference, rate
+from unbraid.stats.bootstrap import (
+    Interval,
+    bootstrap_mean,
+    bootstrap_ratio,
+    mean_of_runs,
+    paired_difference,
+    rate,
+)
 
 
 @settings(deadline=None, max_examples=100)
@@ -109,3 +116,16 @@ def test_an_interval_is_json() -> None:
 def test_what_has_no_interval_is_refused(call) -> None:
     with pytest.raises(ValueError):
         call()
+
+
+def test_the_mean_of_runs_has_students_interval() -> None:
+    values = [0.31, 0.29, 0.36]
+    theirs = ttest_1samp(values, 0.0).confidence_interval(0.95)
+    ours = mean_of_runs(values)
+    assert (ours.value, ours.n) == (pytest.approx(0.32), 3)
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high))
+    assert mean_of_runs([2.0]) == Interval(2.0, 2.0, 2.0, 1)
+    with pytest.raises(ValueError, match="at least one run"):
+        mean_of_runs([])
+    with pytest.raises(ValueError, match="finite"):
+        mean_of_runs([1.0, float("nan")])

@@ -36,7 +36,8 @@ class Behaviour:
     """Running sums over scored tokens, kept apart by block of documents."""
 
     def __init__(self, lm: LanguageModel, site: Site, replacements: Mapping[str, Replacement]) -> None:
-        """`replacements` maps the names sae, zero and mean to functions of the chosen activations (n, d)."""
+        """`replacements` maps the names zero and mean, and that of every autoencoder, to functions of the
+        chosen activations (n, d)."""
         self.lm, self.site, self.replacements = lm, site, replacements
         names = ["tokens", "ce_clean", *(f"{k}_{name}" for name in replacements for k in ("ce", "kl"))]
         self.sums = {name: torch.zeros(BLOCKS, dtype=torch.float64) for name in names}
@@ -65,8 +66,11 @@ class Behaviour:
     def _sum(self, name: str, values: Tensor, blocks: Tensor) -> None:
         self.sums[name].index_add_(0, blocks, values.double().cpu())
 
-    def metrics(self, seed: int, resamples: int = 2000) -> dict[str, Interval]:
-        """The table at the top of the file, by name. Raises UserError when no token could be scored."""
+    def metrics(self, sae: str, seed: int, resamples: int = 2000) -> dict[str, Interval]:
+        """The table at the top of the file, by name, for the autoencoder that `replacements` calls `sae`.
+
+        Raises UserError when no token could be scored.
+        """
         used = self.sums["tokens"] > 0
         if not used.any():
             raise UserError("the text has no two ordinary tokens in a row to score; give another --text")
@@ -81,15 +85,19 @@ class Behaviour:
                 return Interval(1.0, 1.0, 1.0, len(units))
             return bootstrap_ratio(top, bottom, units, seed, resamples)
 
-        found = {
-            "delta_ce": ratio("ce_sae", less="ce_clean"),
-            "recovered_zero": ratio("ce_zero", "ce_zero", less="ce_sae", base="ce_clean"),
-            "recovered_mean": ratio("ce_mean", "ce_mean", less="ce_sae", base="ce_clean"),
-            "kl_sae": ratio("kl_sae"),
-            "kl_score_zero": ratio("kl_zero", "kl_zero", less="kl_sae"),
-            "kl_score_mean": ratio("kl_mean", "kl_mean", less="kl_sae"),
+        ce, kl = f"ce_{sae}", f"kl_{sae}"
+        return {
+            "delta_ce": ratio(ce, less="ce_clean"),
+            "recovered_zero": ratio("ce_zero", "ce_zero", less=ce, base="ce_clean"),
+            "recovered_mean": ratio("ce_mean", "ce_mean", less=ce, base="ce_clean"),
+            "kl_sae": ratio(kl),
+            "kl_score_zero": ratio("kl_zero", "kl_zero", less=kl),
+            "kl_score_mean": ratio("kl_mean", "kl_mean", less=kl),
+            "ce_clean": ratio("ce_clean"),
+            "ce_sae": ratio(ce),
+            "ce_zero": ratio("ce_zero"),
+            "ce_mean": ratio("ce_mean"),
         }
-        return found | {name: ratio(name) for name in ("ce_clean", "ce_sae", "ce_zero", "ce_mean")}
 
 
 def _cross_entropy(log_probabilities: Tensor, targets: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unbraid.activations.documents import Document
-from unbraid.evaluation.behaviour import Behaviour
+from unbraid.evaluation.behaviour import Behaviour, Replacement
 from unbraid.evaluation.corpus import Positions, read_corpus
 from unbraid.evaluation.reconstruction import Reconstruction
 from unbraid.manifest.errors import UserError
@@ -74,55 +74,91 @@ def evaluate(
     Raises UserError when the autoencoder belongs to another model, when sizes differ, when the site does
     not exist, or when the text leaves nothing to measure.
     """
-    check_fit(sae, lm)
-    chosen = Site.parse(site) if site is not None else sae.site
-    lm.layout.require(chosen)
+    (found,) = evaluate_all(
+        [sae], lm, documents, site=site, tokens=tokens, context=context, positions=positions, seed=seed,
+        batch_tokens=batch_tokens, progress=progress,
+    )  # fmt: skip
+    return found
+
+
+def evaluate_all(
+    saes: Sequence[SAE],
+    lm: LanguageModel,
+    documents: Iterable[Document],
+    *,
+    site: Site | str | None = None,
+    tokens: int | None = None,
+    context: int = 256,
+    positions: Positions = "all",
+    seed: int = 0,
+    batch_tokens: int = 2048,
+    progress: Progress | None = None,
+) -> list[Evaluation]:
+    """Measure several autoencoders as `evaluate` does, running the bare model and its ablations once for
+    all that read the same site."""
+    by_site: dict[Site, list[int]] = {}
+    for number, sae in enumerate(saes):
+        check_fit(sae, lm)
+        by_site.setdefault(Site.parse(site) if site is not None else sae.site, []).append(number)
+    for chosen in by_site:
+        lm.layout.require(chosen)
     for name, value in (("tokens", tokens), ("context", context), ("batch_tokens", batch_tokens)):
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; choose 1 or more")
     corpus = read_corpus(
         lm, documents, tokens=tokens, context=context, positions=positions, batch_tokens=batch_tokens
     )
-    total, done = 2 * len(corpus.batches), 0
+    total, done = (1 + len(by_site)) * len(corpus.batches), 0
 
-    seen = Reconstruction(sae.config.d_in, sae.config.d_sae)
+    seen = [Reconstruction(sae.config.d_in, sae.config.d_sae) for sae in saes]
     for batch in corpus.batches:
-        x = read_sites(lm, batch.input_ids, batch.attention_mask, [chosen])[chosen]
-        x = x[batch.chosen.to(x.device)].float()
+        read = read_sites(lm, batch.input_ids, batch.attention_mask, list(by_site))
         blocks = batch.blocks[:, None].expand(batch.chosen.shape)[batch.chosen]
-        with torch.no_grad():
-            seen.add(x, sae(x), blocks)
+        for chosen, numbers in by_site.items():
+            x = read[chosen][batch.chosen.to(read[chosen].device)].float()
+            for number in numbers:
+                with torch.no_grad():
+                    seen[number].add(x, saes[number](x), blocks)
         done += 1
         if progress is not None:
             progress(done, total, "reconstruction")
 
-    mean = seen.mean.float()
+    metrics = [reconstruction.metrics(seed) for reconstruction in seen]
+    for chosen, numbers in by_site.items():
+        replacements = {str(number): _spliced(saes[number]) for number in numbers}
+        replacements |= {"zero": torch.zeros_like, "mean": _constant(seen[numbers[0]].mean.float())}
+        behaviour = Behaviour(lm, chosen, replacements)
+        for batch in corpus.batches:
+            behaviour.add(batch)
+            done += 1
+            if progress is not None:
+                progress(done, total, "behaviour")
+        for number in numbers:
+            metrics[number] |= behaviour.metrics(str(number), seed)
 
-    def spliced(x: Tensor) -> Tensor:
-        return sae(x.float()).x_hat
+    sites = {number: str(chosen) for chosen, numbers in by_site.items() for number in numbers}
+    return [
+        Evaluation(
+            metrics=found,
+            site=sites[number],
+            model=lm.name,
+            model_id=lm.id,
+            tokens=corpus.tokens,
+            documents=corpus.documents,
+            positions=positions,
+            context=context,
+            seed=seed,
+        )
+        for number, found in enumerate(metrics)
+    ]
 
-    behaviour = Behaviour(
-        lm,
-        chosen,
-        {"sae": spliced, "zero": torch.zeros_like, "mean": lambda x: mean.to(x.device).expand(x.shape)},
-    )
-    for batch in corpus.batches:
-        behaviour.add(batch)
-        done += 1
-        if progress is not None:
-            progress(done, total, "behaviour")
 
-    return Evaluation(
-        metrics=seen.metrics(seed) | behaviour.metrics(seed),
-        site=str(chosen),
-        model=lm.name,
-        model_id=lm.id,
-        tokens=corpus.tokens,
-        documents=corpus.documents,
-        positions=positions,
-        context=context,
-        seed=seed,
-    )
+def _spliced(sae: SAE) -> Replacement:
+    return lambda x: sae(x.float()).x_hat
+
+
+def _constant(value: Tensor) -> Replacement:
+    return lambda x: value.to(x.device).expand(x.shape)
 
 
 def check_fit(sae: SAE, lm: LanguageModel) -> None:

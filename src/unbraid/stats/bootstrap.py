@@ -1,4 +1,4 @@
-"""Intervals: Wilson's for rates, the bootstrap by document for everything else.
+"""Intervals: Wilson's for rates, Student's for a few runs, the bootstrap by document for everything else.
 
 Tokens of one document are not independent, so what is drawn again is documents, never tokens.
 """
@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm
+from scipy.stats import t as student
 
 # Indices drawn at once: bounds the memory of a bootstrap over many documents (32 MB).
 DRAWN_AT_ONCE = 4_000_000
@@ -56,6 +57,20 @@ def wilson(successes: int, trials: int, level: float = 0.95) -> tuple[float, flo
     low = 0.0 if successes == 0 else float((centre - half) / scale)
     high = 1.0 if successes == trials else float((centre + half) / scale)
     return low, high
+
+
+def mean_of_runs(values: ArrayLike, level: float = 0.95) -> Interval:
+    """Return the mean of a few independent runs (n,), such as seeds, with Student's t interval.
+
+    With one run the interval is a point: `n` = 1 says so. Raises ValueError for empty or non-finite input.
+    """
+    values = _finite(values)
+    _check(values.size > 0, "a mean needs at least one run")
+    mean, n = float(values.mean()), values.size
+    half = 0.0
+    if n > 1:
+        half = float(student.ppf((1 + level) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n))
+    return Interval(value=mean, low=mean - half, high=mean + half, n=n)
 
 
 def bootstrap_mean(

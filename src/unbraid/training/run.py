@@ -249,27 +249,30 @@ class Run:
     @torch.no_grad()
     def _initialised(self) -> SAE:
         """Weights to start from, which the first batch decides on."""
-        config, sources, first = self.config, self.sources, self.sources.stores[0]
-        inputs, targets = sources.inputs, sources.targets
-        sae = build(
-            SAEConfig(
-                architecture=config.architecture,
-                d_in=sum(source.d for source in inputs),
-                d_sae=config.d_sae,
-                k=config.k if architecture(config.architecture).uses_k else 0,
-                site=names(inputs),
-                model_name=first.model_name,
-                model_id=first.model_id,
-                metadata={"context_size": first.context},
-                d_out=sum(source.d for source in targets) if sources.across else 0,
-                target_site=names(targets) if sources.across else "",
-                blocks=tuple(source.d for source in inputs) if len(inputs) > 1 else (),
-                options=config.options,
-            )
-        )
-        (batch,) = sources.batches(config.batch_size, seed=config.seed, steps=1)
+        config = self.config
+        sae = build(sae_config(self.sources, config))
+        (batch,) = self.sources.batches(config.batch_size, seed=config.seed, steps=1)
         sae.initialise(*self._scaled(*batch), torch.Generator().manual_seed(config.seed))
         return sae
+
+
+def sae_config(sources: Sources, config: TrainConfig) -> SAEConfig:
+    """The autoencoder that a run trains."""
+    inputs, targets, first = sources.inputs, sources.targets, sources.stores[0]
+    return SAEConfig(
+        architecture=config.architecture,
+        d_in=sum(source.d for source in inputs),
+        d_sae=config.d_sae,
+        k=config.k if architecture(config.architecture).uses_k else 0,
+        site=names(inputs),
+        model_name=first.model_name,
+        model_id=first.model_id,
+        metadata={"context_size": first.context},
+        d_out=sum(source.d for source in targets) if sources.across else 0,
+        target_site=names(targets) if sources.across else "",
+        blocks=tuple(source.d for source in inputs) if len(inputs) > 1 else (),
+        options=config.options,
+    )
 
 
 def _measure(sources: Sources, seed: int) -> tuple[Scaling, Scaling]:

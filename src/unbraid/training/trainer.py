@@ -16,7 +16,8 @@ from unbraid.manifest.progress import Progress
 from unbraid.sae.base import SAE
 from unbraid.sae.registry import architecture
 from unbraid.training.config import TrainConfig
-from unbraid.training.run import Run
+from unbraid.training.memory import available, check_memory
+from unbraid.training.run import Run, sae_config
 from unbraid.training.sources import Names, Sources, choose_sources, stream
 
 
@@ -69,6 +70,7 @@ def train_together(jobs: Sequence[Job], *, command: str = "", progress: Progress
     config = jobs[0].config
     if any(_stream_of(job.config) != _stream_of(config) for job in jobs):
         raise ValueError("jobs of one stream must have the same seed, batch_size and steps")
+    check_memory((sae_config(job.sources, job.config) for job in jobs), available())
     before = torch.get_num_threads()
     with ExitStack() as folders:
         try:
