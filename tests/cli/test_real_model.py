@@ -97,3 +97,21 @@ def test_mistakes_are_one_sentence_and_exit_code_2(
     model, text = shared_models / "tinystories-656k", shared_data / "tinystories" / "valid.txt"
     told = _unbraid("evaluate", "--sae", folder / "sae", "--model", model, "--text", text, code=2)
     assert "trained on" in told
+
+
+def test_a_sweep_compares_on_text_it_has_not_seen(
+    spine: tuple[Path, dict[str, Any]], shared_models: Path, shared_data: Path
+) -> None:
+    folder, _ = spine
+    told = _unbraid(
+        *("sweep", "--activations", folder / "acts", "--model", shared_models / "stories260k"),
+        *("--text", shared_data / "tinystories" / "valid.txt", "--tokens", "1500", "--out", folder / "sweep"),
+        *("--arch", "topk", "batchtopk", "--k", "8", "16", "--width", "256", "--seed", "0"),
+        *("--steps", "60", "--batch-size", "512", "--calibration-tokens", "4096", "--json"),
+    )
+    points = {point["point"]: point for point in json.loads(told)["points"]}
+    assert set(points) == {f"{arch}-w256-k{k}" for arch in ("topk", "batchtopk") for k in (8, 16)}
+    fvu = {name: point["metrics"]["fvu"]["value"] for name, point in points.items()}
+    assert 0 < fvu["topk-w256-k16"] < fvu["topk-w256-k8"] < 0.6
+    assert points["topk-w256-k8"]["metrics"]["l0"]["value"] == 8
+    assert _unbraid("verify", folder / "sweep")

@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unbraid.recipes.charts import Point, Scale, Series, before_after, interval_bar, line_chart, nice_ticks
+from unbraid.recipes.charts import (
+    Point,
+    Scale,
+    Series,
+    before_after,
+    interval_bar,
+    line_chart,
+    log_ticks,
+    nice_ticks,
+    scatter,
+)
 
 
 @settings(deadline=None, max_examples=60)
@@ -70,3 +80,28 @@ def test_bars_escape_names_and_stay_inside() -> None:
 def test_extremes_draw(value: float) -> None:
     ET.fromstring(before_after([("x", Point(0, value, value, value), 0)]))
     ET.fromstring(line_chart([Series("a", (Point(3, value, value, value),), 0)], x_label="", y_label=""))
+
+
+@given(st.floats(1e-9, 1e9), st.floats(1.0, 1e6))
+def test_logarithmic_ticks_cover_the_range(low: float, factor: float) -> None:
+    ticks = log_ticks(low, low * factor)
+    assert ticks[0] <= low * (1 + 1e-6) and ticks[-1] >= low * factor * (1 - 1e-6)
+    assert ticks == sorted(set(ticks))
+    assert all(round(t / 10 ** math.floor(math.log10(t) + 1e-9), 6) in (1, 2, 5) for t in ticks)
+
+
+def test_equal_factors_are_equal_distances() -> None:
+    scale = Scale(1, 100, 0, 10, logarithmic=True)
+    assert scale(1) == 0 and scale(10) == pytest.approx(5) and scale(100) == 10
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scatter_places_points_and_rings_the_marked(sign: int) -> None:
+    points = (Point(8, 0.5 * sign, 0.4 * sign, 0.6 * sign, ringed=True), Point(64, 0.05, 0.04, 0.06))
+    picture = str(scatter([Series("a<b", points, 2)], x_label="L0", y_label="FVU"))
+    root = ET.fromstring(picture)
+    dots = [c for c in root.iter("circle") if c.get("class") == "dot"]
+    assert len(dots) == 2 and sum(c.get("class") == "ring" for c in root.iter("circle")) == 1
+    x, y = ([float(d.get(name, "")) for d in dots] for name in ("cx", "cy"))
+    assert x[0] < x[1] and (y[0] < y[1]) == (sign == 1)  # further down is less
+    assert "a&lt;b" in picture and scatter([], x_label="", y_label="") == ""

@@ -25,6 +25,8 @@ class Point:
     """Lower end of the interval."""
     high: float
     """Upper end of the interval."""
+    ringed: bool = False
+    """Whether a ring points it out."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +43,21 @@ class Series:
 
 @dataclass(frozen=True)
 class Scale:
-    """A straight map from data to pixels."""
+    """A map from data to pixels, straight or by the logarithm."""
 
     low: float
     high: float
     start: float
     end: float
 
+    logarithmic: bool = False
+
     def __call__(self, value: float) -> float:
-        span = self.high - self.low
-        share = 0.5 if span == 0 else (value - self.low) / span
+        low, high = self.low, self.high
+        if self.logarithmic:
+            value, low, high = (math.log(max(v, 1e-300)) for v in (value, low, high))
+        span = high - low
+        share = 0.5 if span == 0 else (value - low) / span
         return self.start + share * (self.end - self.start)
 
 
@@ -63,6 +70,16 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     step = next(m * power for m in (1.0, 2.0, 2.5, 5.0, 10.0) if m * power >= raw * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(i * step, 10) for i in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten, from the last at or below `low` to the first at or above `high`, both
+    above 0."""
+    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+    every = [m * 10.0**p for p in powers for m in (1, 2, 5)]
+    first = max(t for t in every if t <= low * (1 + 1e-9))
+    last = min(t for t in every if t >= high * (1 - 1e-9))
+    return [t for t in every if first <= t <= last]
 
 
 def percent(value: float, digits: int = 0) -> str:
@@ -109,6 +126,66 @@ def line_chart(
         parts.append(_series(s, x, y))
     description = f"{y_label} by {x_label}: {', '.join(s.name for s in series)}"
     return _svg(parts, width, height, description, "chart")
+
+
+def scatter(
+    series: Sequence[Series], *, x_label: str, y_label: str, width: int = 460, height: int = 340
+) -> Markup:
+    """Points with their vertical intervals, those of a series joined in the order of x.
+
+    Both axes are logarithmic where all values allow it, so that equal factors are equal distances.
+    """
+    points = [p for s in series for p in s.points]
+    if not points:
+        return Markup("")
+    left, right, top, bottom = 58, 14, 34, 46
+    x = _axis([p.x for p in points], left + 8, width - right - 8)
+    y = _axis([v for p in points for v in (p.y, p.low, p.high)], height - bottom, top)
+    parts: list[Markup] = []
+    for tick in _ticks(y):
+        parts.append(_line(left, y(tick), width - right, y(tick), "grid"))
+        parts.append(_text(left - 8, y(tick) + 4, f"{tick:.6g}", "tick", anchor="end"))
+    for tick in _ticks(x):
+        parts.append(_text(x(tick), height - bottom + 18, f"{tick:.6g}", "tick"))
+    parts.append(_text(left, 16, y_label, "axis", anchor="start"))
+    parts.append(_text((left + width - right) / 2, height - 8, x_label, "axis"))
+    for s in series:
+        ordered = sorted(s.points, key=lambda p: p.x)
+        path = " ".join(f"{x(p.x):.1f},{y(p.y):.1f}" for p in ordered)
+        marks = [Markup('<polyline class="line" points="{}"/>').format(path)]
+        for p in ordered:
+            marks.append(_line(x(p.x), y(p.low), x(p.x), y(p.high), "whisker"))
+            if p.ringed:
+                marks.append(
+                    Markup('<circle class="ring" cx="{:.1f}" cy="{:.1f}" r="7"/>').format(x(p.x), y(p.y))
+                )
+            said = f"{s.name}: {p.y:.4g} ({p.low:.4g} – {p.high:.4g}) at {p.x:.4g}"
+            marks.append(
+                Markup('<circle class="dot" cx="{:.1f}" cy="{:.1f}" r="4"><title>{}</title></circle>').format(
+                    x(p.x), y(p.y), said
+                )
+            )
+        parts.append(Markup('<g class="s{}">{}</g>').format(s.style, Markup("").join(marks)))
+    description = f"{y_label} by {x_label}: {', '.join(s.name for s in series if s.points)}"
+    return _svg(parts, width, height, description, "chart")
+
+
+def _axis(values: Sequence[float], start: float, end: float) -> Scale:
+    """A scale whose ends are ticks around all values."""
+    low, high = min(values), max(values)
+    if low > 0:
+        ticks = log_ticks(low, high)
+        return Scale(ticks[0], ticks[-1], start, end, logarithmic=True)
+    ticks = nice_ticks(low, high)
+    return Scale(ticks[0], ticks[-1], start, end)
+
+
+def _ticks(scale: Scale) -> list[float]:
+    """The ticks of an axis, of a long logarithmic one the powers of ten alone."""
+    if not scale.logarithmic:
+        return nice_ticks(scale.low, scale.high)
+    ticks = log_ticks(scale.low, scale.high)
+    return ticks if len(ticks) <= 9 else [t for t in ticks if math.log10(t) % 1 < 1e-9]
 
 
 def before_after(rows: Sequence[tuple[str, Point, int]], *, width: int = 460) -> Markup:

@@ -17,17 +17,13 @@ def _none() -> Mapping[str, Any]:
 
 
 @dataclass(frozen=True)
-class TrainOptions:
-    """How to train, on activations centred and scaled to a mean square of 1."""
+class LoopOptions:
+    """How to train, on activations centred and scaled to a mean square of 1: what a sweep holds fixed."""
 
-    lr: float | None = None
-    """Adam's learning rate at its highest; 0.006 · √(1024 / width), but not above 0.006, when left out."""
     steps: int = 5000
     """Number of batches."""
     batch_size: int = 2048
     """Tokens in a batch."""
-    seed: int = 0
-    """Seed of the initial directions and of the order of the tokens."""
     warmup_share: float = 0.05
     """Share of the steps over which the learning rate (and a penalty's weight) rises from zero."""
     decay_share: float = 0.2
@@ -48,6 +44,16 @@ class TrainOptions:
     """auto: a whole step in compiled loops, for the architectures that have one; plain: PyTorch's own."""
     threads: int | None = None
     """CPU threads, by default what torch uses now; recorded, because sums of floats depend on it."""
+
+
+@dataclass(frozen=True)
+class TrainOptions(LoopOptions):
+    """How to train one autoencoder."""
+
+    lr: float | None = None
+    """Adam's learning rate at its highest; 0.006 · √(1024 / width), but not above 0.006, when left out."""
+    seed: int = 0
+    """Seed of the initial directions and of the order of the tokens."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,86 @@
+"""`unbraid sweep`: many autoencoders on one capture, compared on held-out text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from unbraid.activations.documents import read_documents
+from unbraid.activations.store import ActivationStore
+from unbraid.cli.models import open_model
+from unbraid.cli.progress import shown
+from unbraid.cli.saes import this_command
+from unbraid.recipes.sweep import Text, run_sweep
+from unbraid.training.config import LoopOptions
+from unbraid.training.grid import Grid
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to train on, what to compare, and on which text."""
+
+    activations: Path
+    """Folder that `unbraid capture` made."""
+    model: str
+    """The model that was captured, to measure on: folder or Hub name; "practice" is the practice assistant.
+    """
+    text: Path
+    """Held-out corpus to measure on: .jsonl with text or messages, or .txt with documents between blank
+    lines."""
+    out: Path
+    """Folder to make; a sweep that was killed goes on where it stopped."""
+    tokens: int = 20_000
+    """Tokens to measure on."""
+    context: int = 256
+    """Tokens the model reads at once."""
+    grid: Annotated[Grid, tyro.conf.arg(name="")] = field(default_factory=Grid)
+    """What to combine."""
+    config: Annotated[LoopOptions, tyro.conf.arg(name="")] = field(default_factory=LoopOptions)
+    """How to train."""
+    device: str = "cpu"
+    """Where the model runs: cpu, cuda, …"""
+    json: bool = False
+    """Print the numbers as JSON."""
+
+
+def run(options: Options) -> None:
+    """Sweep, and print the table."""
+    store = ActivationStore(options.activations)
+    next(read_documents(options.text))  # a wrong file is told before a large model is loaded
+    lm = open_model(options.model, device=options.device)
+    text = Text(lambda: read_documents(options.text), options.text.name, options.tokens, options.context)
+    found = run_sweep(
+        store, lm, text, options.grid, options.config, options.out, command=this_command(), stage=shown
+    )
+    if options.json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        _show(found, options.out)
+
+
+def _show(found: Mapping[str, Any], out: Path) -> None:
+    title = f"{found['tokens']:,} held-out tokens; 95 % intervals; * where no other is better in both"
+    table = Table(title=title, title_justify="left")
+    for column in ("autoencoder", "seeds", "l0", "fvu", "delta_ce", "dead"):
+        table.add_column(column, no_wrap=column == "autoencoder")
+
+    def between(point: Mapping[str, Any], name: str) -> str:
+        m = point["metrics"][name]
+        return f"{m['value']:.3g}{'*' * point[f'front_{name}']} ({m['low']:.3g} to {m['high']:.3g})"
+
+    for point in found["points"]:
+        l0, dead = (point["metrics"][name]["value"] for name in ("l0", "dead"))
+        table.add_row(
+            point["point"], str(point["seeds"]), f"{l0:.1f}", between(point, "fvu"),
+            between(point, "delta_ce"), f"{dead:.1%}",
+        )  # fmt: skip
+    console = Console()
+    console.print(table)
+    console.print(f"report: {out / 'report.html'}   numbers: {out / 'sweep.json'}")
