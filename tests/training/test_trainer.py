@@ -223,8 +223,13 @@ def _same_files(one: Path, other: Path) -> None:
 
 
 def test_trained_together_each_is_what_it_is_alone(store: ActivationStore, tmp_path: Path) -> None:
-    train_together(_jobs(store, tmp_path / "together"))
+    told: dict[str, list[Any]] = {}
+    train_together(
+        _jobs(store, tmp_path / "together"), on_log=lambda name, row: told.setdefault(name, []).append(row)
+    )
     for i, config in enumerate(JOBS):
+        log = (tmp_path / "together" / f"{i}" / "log.jsonl").read_text().splitlines()
+        assert told[f"{i}"] == [json.loads(line) for line in log]
         train(store, None, config, tmp_path / "alone" / f"{i}")
         _same_files(tmp_path / "together" / f"{i}", tmp_path / "alone" / f"{i}")
 

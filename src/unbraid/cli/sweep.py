@@ -17,6 +17,7 @@ from unbraid.activations.store import ActivationStore
 from unbraid.cli.models import open_model
 from unbraid.cli.progress import shown
 from unbraid.cli.saes import this_command
+from unbraid.cli.sinks import Tool, logging_to
 from unbraid.recipes.sweep import Text, run_sweep
 from unbraid.training.config import LoopOptions
 from unbraid.training.grid import Grid
@@ -46,6 +47,8 @@ class Options:
     """How to train."""
     device: str = "cpu"
     """Where the model runs: cpu, cuda, …"""
+    log_to: tuple[Tool, ...] = ()
+    """Also log to trackio, wandb or tensorboard, where installed; log.jsonl is written always."""
     json: bool = False
     """Print the numbers as JSON."""
 
@@ -56,9 +59,11 @@ def run(options: Options) -> None:
     next(read_documents(options.text))  # a wrong file is told before a large model is loaded
     lm = open_model(options.model, device=options.device)
     text = Text(lambda: read_documents(options.text), options.text.name, options.tokens, options.context)
-    found = run_sweep(
-        store, lm, text, options.grid, options.config, options.out, command=this_command(), stage=shown
-    )
+    with logging_to(options.log_to) as on_log:
+        found = run_sweep(
+            store, lm, text, options.grid, options.config, options.out, command=this_command(), stage=shown,
+            on_log=on_log,
+        )  # fmt: skip
     if options.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:

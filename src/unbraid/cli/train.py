@@ -12,6 +12,7 @@ import tyro
 
 from unbraid.activations.store import ActivationStore
 from unbraid.cli.progress import shown
+from unbraid.cli.sinks import Tool, logging_to
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.record import read_manifest
 from unbraid.sae.options import check_options, plain, read_options
@@ -43,6 +44,8 @@ class Options:
     """The architecture's own options, such as l1=0.5; a wrong name lists those that there are."""
     config: Annotated[TrainOptions, tyro.conf.arg(name="")] = field(default_factory=TrainOptions)
     """How to train."""
+    log_to: tuple[Tool, ...] = ()
+    """Also log to trackio, wandb or tensorboard, where installed; log.jsonl is written always."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -63,7 +66,7 @@ def run(options: Options) -> None:
     )
     config.check()
     stores = [ActivationStore(folder) for folder in options.activations]
-    with shown("train", "steps") as progress:
+    with logging_to(options.log_to) as on_log, shown("train", "steps") as progress:
         train(
             stores,
             options.site,
@@ -72,6 +75,7 @@ def run(options: Options) -> None:
             target_site=options.target_site,
             command=_command(options),
             progress=progress,
+            on_log=on_log,
         )
     manifest = read_manifest(options.out)
     facts = manifest.facts

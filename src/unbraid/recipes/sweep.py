@@ -29,7 +29,7 @@ from unbraid.training.config import LoopOptions
 from unbraid.training.grid import Grid, Trial, trials
 from unbraid.training.memory import available, needed
 from unbraid.training.run import sae_config
-from unbraid.training.trainer import Job, train_together
+from unbraid.training.trainer import Job, OnLog, train_together
 
 KIND = "sweep"
 MEASURED = "measured"
@@ -66,8 +66,10 @@ def run_sweep(
     *,
     command: str,
     stage: Stage,
+    on_log: OnLog | None = None,
 ) -> dict[str, Any]:
-    """Train, measure and compare into the folder `out`; returns the content of its sweep.json.
+    """Train, measure and compare into the folder `out`; returns the content of its sweep.json. `on_log` is
+    handed every line of the trainings' logs.
 
     Raises UserError for a grid that cannot be trained, and as `train` and `evaluate` do.
     """
@@ -84,7 +86,7 @@ def run_sweep(
             title = f"train {len(group)} of {len(every)}, seed {group[0].config.seed}"
             with stage(title, "steps") as progress:
                 jobs = [Job(trial.sources, trial.config, folder / trial.name) for trial in group]
-                train_together(jobs, command=command, progress=progress)
+                train_together(jobs, command=command, progress=progress, on_log=on_log)
         left = [t for t in every if not _measured(folder, t).exists()]
         for start in range(0, len(left), MEASURED_TOGETHER):
             group = left[start : start + MEASURED_TOGETHER]

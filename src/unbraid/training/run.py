@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ class Run:
         self.watch = DeadWatch()
         self.log_bytes = 0
         self.note = ""
+        self.on_log: Callable[[Mapping[str, Any]], None] | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -167,6 +168,8 @@ class Run:
         with (self.folder / LOG).open("ab") as log:
             log.write(line)
         self.log_bytes += len(line)
+        if self.on_log is not None:
+            self.on_log(row)
         return note
 
     def _check_finite(self) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import torch
 
@@ -30,9 +32,10 @@ def train(
     target_site: Names = None,
     command: str = "",
     progress: Progress | None = None,
+    on_log: OnLog | None = None,
 ) -> SAE:
     """Train an autoencoder on the activations of `site` (the only one captured, if None) into the folder
-    `out`.
+    `out`; `on_log` is handed every line of its log.
 
     Transcoders predict `target_site` from it. Crosscoders take several sites, or several captures of the
     same tokens. Killed and run again with the same arguments it goes on from its last checkpoint, and the
@@ -44,8 +47,13 @@ def train(
     reads = architecture(config.architecture).reads
     stores = [store] if isinstance(store, ActivationStore) else list(store)
     sources = choose_sources(stores, site, target_site, reads, config.architecture)
-    (sae,) = train_together([Job(sources, config, Path(out))], command=command, progress=progress)
+    job = Job(sources, config, Path(out))
+    (sae,) = train_together([job], command=command, progress=progress, on_log=on_log)
     return sae
+
+
+OnLog = Callable[[str, Mapping[str, Any]], None]
+"""Told the name of a run's folder and a new line of its log."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,13 @@ class Job:
     """Folder to make."""
 
 
-def train_together(jobs: Sequence[Job], *, command: str = "", progress: Progress | None = None) -> list[SAE]:
+def train_together(
+    jobs: Sequence[Job],
+    *,
+    command: str = "",
+    progress: Progress | None = None,
+    on_log: OnLog | None = None,
+) -> list[SAE]:
     """Train several autoencoders on one stream, each batch read once for all of them.
 
     Each is what `train` makes of it alone, bit for bit, and goes on from its own last checkpoint when all
@@ -78,7 +92,10 @@ def train_together(jobs: Sequence[Job], *, command: str = "", progress: Progress
             for job in jobs:
                 own = folders.enter_context(ExitStack())
                 folder = own.enter_context(building(job.out))
-                begun.append((Run.begin(job.sources, job.config, folder), own))
+                run = Run.begin(job.sources, job.config, folder)
+                if on_log is not None:
+                    run.on_log = partial(on_log, job.out.name)
+                begun.append((run, own))
                 torch.set_num_threads(before)
             advance([run for run, _ in begun], progress)
             finished: list[SAE] = []
