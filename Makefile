@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check clean
+.PHONY: demo test check bench clean
 
 demo: .venv/.runtime  ## the whole story on the embedded practice assistant
 	$(BIN)/unbraid demo
@@ -20,6 +20,10 @@ check: .venv/.dev  ## style, types and the order of the rooms
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+NAME ?= training
+bench: .venv/.bench  ## a file of benchmarks/ beside other tools: make bench NAME=training JSON=out.json
+	$(BIN)/python benchmarks/$(NAME).py $(if $(JSON),--out $(JSON)) $(ARGS)
 
 clean:  ## remove the environment and the caches
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache
@@ -35,4 +39,16 @@ clean:  ## remove the environment and the caches
 
 .venv/.dev: .venv/.runtime
 	$(PIP) -e '.[dev]'
+	touch $@
+
+# Other tools whose pins clash with ours, each in an environment of its own (SAELens stands among ours).
+PEERS := dictionary_learning=dictionary-learning==0.1.0 sparsify=eai-sparsify==1.3.3
+.venv/.bench: .venv/.dev
+	for peer in $(PEERS); do \
+		place=.venv/peers/$${peer%%=*}; package=$${peer#*=}; \
+		$(PYTHON) -m venv $$place || exit; pip="$$place/bin/python -m pip --disable-pip-version-check"; \
+		$$pip install --quiet -c constraints.txt torch && \
+		$$pip install --quiet -c constraints.txt $$package && \
+		$$pip uninstall --quiet --yes torchvision torchaudio || exit; \
+	done  # the registry's torchvision and torchaudio do not match this torch and break imports
 	touch $@
