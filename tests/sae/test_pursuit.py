@@ -87,6 +87,18 @@ def test_lista_is_its_formula(shape: tuple[int, int, int, int], k: int, iteratio
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-3, atol=1e-4)
 
 
+def test_lista_with_widths_has_the_loss_of_its_prefixes() -> None:
+    sae = _sae("lista", 6, 30, 4, 0, iterations=2, widths=(5, 12))
+    x = torch.randn(9, 6, generator=torch.Generator().manual_seed(1))
+    codes = sae.encode(x).dense(30)
+    errors = [(x - codes[:, :w] @ sae.W_dec[:w] - sae.b_dec).square().sum() / x.numel() for w in (5, 12, 30)]
+    loss, error = sae.reconstruction_loss(sae.encode(x), x, x)
+    torch.testing.assert_close(loss, torch.stack(errors).mean())
+    torch.testing.assert_close(error, x - sae(x).x_hat)
+    with pytest.raises(UserError, match="must rise and stay below the width 30"):
+        _sae("lista", 6, 30, 4, 0, widths=(12, 5))
+
+
 def test_one_iteration_of_lista_is_topk() -> None:
     lista, topk = _sae("lista", 6, 30, 3, 0, iterations=1), _sae("topk", 6, 30, 3, 0)
     with torch.no_grad():

@@ -6,7 +6,8 @@
 x: (n, d_in), f: (n, d_sae), η: (T,) learned step sizes. Gregor and LeCun 2010, "Learning fast
 approximations of sparse coding"; with the k largest in place of shrinkage it is iterative hard thresholding
 (Blumensath and Davies 2009) with a learned encoder. All iterations share W_enc. With T = 1 and η = 1 it is
-TopK. Later iterations see the residual, so one latent can explain away another.
+TopK. Later iterations see the residual, so one latent can explain away another. With `widths` the loss is
+Matryoshka's: the first latents have to reconstruct on their own as well.
 """
 
 from __future__ import annotations
@@ -20,17 +21,20 @@ from torch import Tensor, nn
 from unbraid.manifest.errors import UserError
 from unbraid.sae.base import SAE, SAEConfig
 from unbraid.sae.codes import CHUNK_ROWS, SparseCodes, decode, selected, top_k
+from unbraid.sae.matryoshka import nested_loss, nested_widths
 from unbraid.sae.options import EDGE, Count
 
 
 @dataclass(frozen=True)
 class LISTAOptions:
-    """How long the encoder thinks."""
+    """How long the encoder thinks, and what for."""
 
     __pydantic_config__ = EDGE
 
     iterations: Count = 3
     """Number of iterations T."""
+    widths: tuple[Count, ...] = ()
+    """Nested widths below d_sae, rising, for Matryoshka's loss; none for the plain one."""
 
 
 class LISTASAE(SAE):
@@ -42,6 +46,7 @@ class LISTASAE(SAE):
 
     def __init__(self, config: SAEConfig) -> None:
         super().__init__(config)
+        self.widths = nested_widths(self.options.widths, config.d_sae)
         self.step_size = nn.Parameter(torch.ones(self.options.iterations))
 
     def encode(self, x: Tensor) -> SparseCodes:
@@ -53,6 +58,10 @@ class LISTASAE(SAE):
                 codes = self._again(rows, codes, size)
             parts.append(codes)
         return SparseCodes.concatenate(parts)
+
+    def reconstruction_loss(self, codes: SparseCodes, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean over nested widths, and the error of all latents together."""
+        return nested_loss(codes, self.W_dec, target - self.b_dec, self.widths)
 
     def _again(self, rows: Tensor, codes: SparseCodes, size: Tensor) -> SparseCodes:
         """One iteration on centred rows (n, d_in)."""

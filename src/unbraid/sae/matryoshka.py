@@ -10,6 +10,7 @@ specialise them, are not there to fill the holes. Used and saved as JumpReLU, li
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -42,29 +43,41 @@ class MatryoshkaSAE(BatchTopKSAE):
 
     def __init__(self, config: SAEConfig) -> None:
         super().__init__(config)
-        given = self.options.widths or [config.d_sae // part for part in (16, 8, 4, 2)]
-        widths = [width for width in given if width or self.options.widths]
-        if any(low >= high for low, high in pairwise((*widths, config.d_sae))):
-            raise UserError(
-                f"the nested widths {', '.join(map(str, widths))} must rise and stay below the width "
-                f"{config.d_sae}; change --set widths"
-            )
-        self.widths = (*widths, config.d_sae)
+        halved = tuple(width for part in (16, 8, 4, 2) if (width := config.d_sae // part))
+        self.widths = nested_widths(self.options.widths or halved, config.d_sae)
 
     def reconstruction_loss(self, codes: SparseCodes, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The mean over widths, and the error of all latents together."""
-        left = target - self.b_dec - self.bypass(x)
-        loss = target.new_zeros(())
-        for low, high in pairwise((0, *self.widths)):
-            left = left - decode(_within(codes, low, high), self.W_dec)
-            loss = loss + left.square().sum()
-        return loss / (len(self.widths) * target.numel()), left
+        return nested_loss(codes, self.W_dec, target - self.b_dec - self.bypass(x), self.widths)
 
     def ready_form(self, config: SAEConfig) -> JumpReLUSAE:
         """JumpReLU, with the widths on record."""
         return super().ready_form(
             replace(config, metadata={**config.metadata, "matryoshka_widths": list(self.widths)})
         )
+
+
+def nested_widths(widths: Sequence[int], d_sae: int) -> tuple[int, ...]:
+    """The widths at which the first latents reconstruct, all of them last. Raises UserError where they do
+    not rise."""
+    if any(low >= high for low, high in pairwise((*widths, d_sae))):
+        raise UserError(
+            f"the nested widths {', '.join(map(str, widths))} must rise and stay below the width {d_sae}; "
+            "change --set widths"
+        )
+    return (*widths, d_sae)
+
+
+def nested_loss(
+    codes: SparseCodes, W_dec: Tensor, wanted: Tensor, widths: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """The mean loss over nested widths, a scalar, and what all latents together leave of `wanted`,
+    (n, d_out): the target without bias and bypass."""
+    left, loss = wanted, wanted.new_zeros(())
+    for low, high in pairwise((0, *widths)):
+        left = left - decode(_within(codes, low, high), W_dec)
+        loss = loss + left.square().sum()
+    return loss / (len(widths) * wanted.numel()), left
 
 
 def _within(codes: SparseCodes, low: int, high: int) -> SparseCodes:

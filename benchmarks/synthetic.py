@@ -1,0 +1,327 @@
+"""Planted features: ours and SAELens's autoencoders on the same samples of SAELens's synthetic benchmark.
+
+    make bench NAME=synthetic JSON=out.json
+    python benchmarks/synthetic.py --arch topk --seeds 0 --samples 200000     # a part of it
+
+The world is SAELens's own `SyntheticModel`: features in superposition that fire by Zipf's law, correlated, in
+a hierarchy. Its samples go to disk as a capture; `unbraid.training` trains on it, and SAELens's `SAETrainer`
+is fed the very same batches in the same order. Each tool has the learning rate, out of the same few, that
+gives its TopK the best F1 with the first seed; the weights of L1 and L0 terms are searched for until as many
+latents fire as features do. Everything is judged by SAELens's own evaluation, on samples none has seen:
+
+MCC: mean |cosine| of the best one-to-one matching of decoder rows and features. F1: of each latent as a
+detector of the feature closest to it. EV: explained variance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TQDM_DISABLE", "1")  # before SAELens draws its bars
+
+import torch
+from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
+from sae_lens.saes.matryoshka_batchtopk_sae import (
+    MatryoshkaBatchTopKTrainingSAE,
+    MatryoshkaBatchTopKTrainingSAEConfig,
+)
+from sae_lens.saes.sae import SAE as TheirSAE
+from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
+from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.synthetic import (
+    FoldedNormalMagnitudeConfig,
+    HierarchyConfig,
+    LinearMagnitudeConfig,
+    LowRankCorrelationConfig,
+    OrthogonalizationConfig,
+    SyntheticModel,
+    SyntheticModelConfig,
+    ZipfianFiringProbabilityConfig,
+    eval_sae_on_synthetic_data,
+)
+from sae_lens.training.sae_trainer import SAETrainer
+from safetensors.torch import save_file
+
+from training import machine, versions
+from unbraid.activations.shards import COLUMNS, DOCUMENTS, shard_name
+from unbraid.activations.store import ActivationStore
+from unbraid.activations.stream import batches
+from unbraid.manifest.record import write_manifest
+from unbraid.sae.base import SAE
+from unbraid.stats.bootstrap import mean_of_runs
+from unbraid.training.config import TrainConfig
+from unbraid.training.trainer import train
+
+SITE = "layers.0.resid_post"
+SHARD = 65_536
+EVALUATED = 30_000
+"""Samples that an autoencoder is judged on."""
+FIXED = ("topk", "batchtopk", "matryoshka", "lista")
+"""Architectures in which k fixes how many latents fire."""
+MARGIN = 0.05
+"""How far from the true number the mean number of latents that fire may stay, as a share."""
+
+
+@dataclass(frozen=True)
+class World:
+    """A planted world and its samples on disk."""
+
+    model: SyntheticModel
+    store: ActivationStore
+    l0: float
+    """Mean number of features that fire."""
+
+
+def world(given: argparse.Namespace, seed: int, folder: Path) -> World:
+    """SAELens's world of that seed, scaled to `--features` (its own benchmark has 16,384)."""
+    scale = given.features / 16_384
+    model = SyntheticModel(
+        SyntheticModelConfig(
+            num_features=given.features,
+            hidden_dim=given.d,
+            firing_probability=ZipfianFiringProbabilityConfig(exponent=0.5, max_prob=0.4, min_prob=5e-4),
+            hierarchy=HierarchyConfig(
+                total_root_nodes=max(1, round(128 * scale)), branching_factor=4, max_depth=3,
+                mutually_exclusive_portion=1.0, compensate_probabilities=True, scale_children_by_parent=True,
+            ),
+            orthogonalization=OrthogonalizationConfig(),
+            correlation=LowRankCorrelationConfig(rank=25, correlation_scale=0.1),
+            std_firing_magnitudes=FoldedNormalMagnitudeConfig(mean=0.5, std=0.5),
+            mean_firing_magnitudes=LinearMagnitudeConfig(start=5.0, end=4.0),
+            seed=seed,
+        )
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    folder.mkdir()
+    fired = 0
+    for index, start in enumerate(range(0, given.samples, SHARD)):
+        n = min(SHARD, given.samples - start)
+        parts = []
+        for rows in torch.arange(n).split(4096):
+            x, features = model.sample_with_features(len(rows))
+            parts.append(x.half())
+            fired += int((features > 0).sum())
+        columns = {name: torch.zeros(n, dtype=torch.int32) for name in COLUMNS}
+        save_file({SITE: torch.cat(parts), **columns}, folder / shard_name(index))
+    (folder / DOCUMENTS).write_text('{"id": "a", "tokens": 1, "captured": 1}\n')
+    write_manifest(
+        folder, kind="activations", command="", seed=seed, inputs={"model": "m", "tokenizer": "t"},
+        facts={
+            "model": "synthetic", "sites": [SITE], "d_in": given.d, "tokens": given.samples, "documents": 1,
+            "context": 1, "positions": "all", "dtype": "float16", "shard_tokens": SHARD,
+        },
+    )  # fmt: skip
+    return World(model, ActivationStore(folder), fired / given.samples)
+
+
+class Judged:
+    """Our autoencoder in the form that SAELens's evaluation asks for."""
+
+    def __init__(self, sae: SAE) -> None:
+        self.sae, self.W_dec = sae, sae.W_dec.detach()
+
+    def eval(self) -> None:
+        """Nothing to switch."""
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Codes (n, d_sae)."""
+        return self.sae.encode_dense(x)
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Reconstructions (n, d_in)."""
+        return codes @ self.W_dec + self.sae.b_dec
+
+
+def ours(w: World, arch: str, lr: float, weight: float, seed: int, given: argparse.Namespace) -> Any:
+    """Train with `unbraid.training`, as `unbraid train` does."""
+    widths = nested(given.width)
+    options: dict[str, Any] = {
+        "matryoshka": {"widths": widths},
+        "lista": {"widths": widths},
+        "relu": {"l1": weight},
+        "jumprelu": {"l0": weight},
+    }.get(arch, {})
+    config = TrainConfig(
+        architecture=arch, d_sae=given.width, k=round(w.l0), lr=lr, steps=given.steps,
+        batch_size=given.batch, seed=seed, options=options, checkpoint_every=10**9,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as place:
+        return Judged(train(w.store, SITE, config, Path(place) / "sae"))
+
+
+def theirs(w: World, arch: str, lr: float, weight: float, seed: int, given: argparse.Namespace) -> Any:
+    """Train with SAELens's own trainer on our stream's batches."""
+    torch.manual_seed(seed)
+    size: dict[str, Any] = {"d_in": given.d, "d_sae": given.width}
+    k, warm = round(w.l0), given.steps // 20
+    make: Any = {
+        "topk": lambda: TopKTrainingSAE(TopKTrainingSAEConfig(**size, k=k)),
+        "batchtopk": lambda: BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**size, k=float(k))),
+        "matryoshka": lambda: MatryoshkaBatchTopKTrainingSAE(
+            MatryoshkaBatchTopKTrainingSAEConfig(
+                **size, k=float(k), matryoshka_widths=list(nested(given.width))
+            )
+        ),
+        "relu": lambda: StandardTrainingSAE(
+            StandardTrainingSAEConfig(**size, l1_coefficient=weight, l1_warm_up_steps=warm)
+        ),
+        "jumprelu": lambda: JumpReLUTrainingSAE(
+            JumpReLUTrainingSAEConfig(**size, l0_coefficient=weight, l0_warm_up_steps=warm)
+        ),
+    }[arch]
+    stream: Iterator[torch.Tensor] = batches(w.store, SITE, given.batch, seed=seed, steps=given.steps)
+    config = SAETrainerConfig(
+        total_training_samples=given.steps * given.batch, train_batch_size_samples=given.batch,
+        lr=lr, lr_end=lr, lr_warm_up_steps=warm, lr_decay_steps=given.steps // 5,
+        logger=LoggingConfig(log_to_wandb=False),
+    )  # fmt: skip
+    trainer: Any = SAETrainer(config, make(), stream)
+    sae: Any = trainer.fit()
+    with tempfile.TemporaryDirectory() as place:
+        sae.save_inference_model(place)  # BatchTopK becomes JumpReLU, as its users have it
+        return TheirSAE.load_from_disk(place)
+
+
+def nested(width: int) -> tuple[int, ...]:
+    """Matryoshka's widths."""
+    return tuple(width // part for part in (16, 8, 4, 2))
+
+
+TOOLS = {"unbraid": ours, "saelens": theirs}
+
+
+def judge(sae: Any, w: World, seed: int) -> dict[str, float]:
+    """SAELens's evaluation on fresh samples."""
+    torch.manual_seed(10_000 + seed)
+    found = eval_sae_on_synthetic_data(
+        sae, w.model.feature_dict, w.model.activation_generator, num_samples=EVALUATED, batch_size=2048
+    )
+    return {
+        "f1": found.classification.f1_score, "mcc": found.mcc, "ev": found.explained_variance,
+        "l0": found.sae_l0, "dead": found.dead_latents / len(sae.W_dec), "uniqueness": found.uniqueness,
+    }  # fmt: skip
+
+
+def tuned(tool: str, arch: str, w: World, lr: float, given: argparse.Namespace) -> float:
+    """The weight of a sparsity term with which about as many latents fire as features do.
+
+    Searched by its logarithm: doubled or halved until the number is passed, then halved in between.
+    """
+    weight, low, high = 1.0, None, None
+    for _ in range(given.search):
+        l0 = judge(TOOLS[tool](w, arch, lr, weight, 0, given), w, 0)["l0"]
+        say(f"  {tool} {arch}: weight {weight:.3g} gives L0 {l0:.1f}")
+        if abs(l0 / w.l0 - 1) <= MARGIN:
+            break
+        low, high = (weight, high) if l0 > w.l0 else (low, weight)
+        weight = (low * high) ** 0.5 if low and high else weight * (3 if l0 > w.l0 else 1 / 3)
+    return weight
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, value in (
+        ("features", 4096), ("d", 256), ("width", 1024), ("samples", 1_000_000), ("steps", 2000),
+        ("batch", 1024), ("search", 6), ("threads", 2),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=value)
+    everything = ("topk", "batchtopk", "matryoshka", "jumprelu", "relu", "lista")
+    parser.add_argument("--arch", nargs="+", choices=everything, default=everything)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--lr", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3])
+    parser.add_argument("--out", type=Path, help="file for the result as JSON")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    found: dict[tuple[str, str], list[dict[str, float]]] = {}
+    lrs: dict[str, float] = {}
+    weights: dict[tuple[str, str], float] = {}
+    folder = Path(tempfile.mkdtemp())
+    try:
+        for seed in given.seeds:
+            started = time.monotonic()
+            w = world(given, seed, folder / f"{seed}")
+            say(f"seed {seed}: {w.l0:.1f} features fire; sampled in {time.monotonic() - started:.0f} s")
+            for tool in TOOLS:
+                if tool not in lrs:
+                    scores = {
+                        lr: judge(TOOLS[tool](w, "topk", lr, 1.0, seed, given), w, seed) for lr in given.lr
+                    }
+                    lrs[tool] = max(scores, key=lambda lr: scores[lr]["f1"])
+                    say(f"  {tool}: " + ", ".join(f"lr {lr:g} F1 {s['f1']:.3f}" for lr, s in scores.items()))
+            for arch in given.arch:
+                for tool in TOOLS:
+                    if arch == "lista" and tool == "saelens":
+                        continue
+                    key = (tool, arch)
+                    if key not in weights:
+                        weights[key] = 1.0 if arch in FIXED else tuned(tool, arch, w, lrs[tool], given)
+                    started = time.monotonic()
+                    sae = TOOLS[tool](w, arch, lrs[tool], weights[key], seed, given)
+                    took = time.monotonic() - started
+                    row = judge(sae, w, seed)
+                    found.setdefault(key, []).append(row)
+                    say(
+                        f"  {tool:8} {arch:11} "
+                        + " ".join(f"{n} {v:.3f}" for n, v in row.items())
+                        + f"  {took:.0f} s"
+                    )
+            shutil.rmtree(folder / f"{seed}")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    report(found, lrs, weights, given)
+
+
+def report(
+    found: dict[tuple[str, str], list[dict[str, float]]],
+    lrs: dict[str, float],
+    weights: dict[tuple[str, str], float],
+    given: argparse.Namespace,
+) -> None:
+    """Print the table and write the JSON."""
+    rows: list[dict[str, Any]] = []
+    print(f"{'':22}" + "".join(f"{n:>22}" for n in ("F1", "MCC", "EV")) + f"{'L0':>8}{'dead':>8}")
+    for (tool, arch), runs in sorted(found.items(), key=lambda item: item[0][::-1]):
+        line = f"{arch + ' ' + tool:22}"
+        for name in ("f1", "mcc", "ev", "l0", "dead", "uniqueness"):
+            m = mean_of_runs([run[name] for run in runs])
+            rows.append({"name": f"synthetic_{arch}_{tool}_{name}", "unit": "", **m.as_dict()})
+            if name in ("f1", "mcc", "ev"):
+                line += f"{m.value:8.3f} ({m.low:.3f}–{m.high:.3f})"
+            elif name != "uniqueness":
+                line += f"{m.value:8.1f}" if name == "l0" else f"{m.value:8.1%}"
+        print(line)
+    if given.out:
+        work = {k: v for k, v in vars(given).items() if k != "out"}
+        work |= {"lr": lrs, "weights": {f"{tool} {arch}": w for (tool, arch), w in weights.items()}}
+        ratios = {
+            f"synthetic_{arch}_{n}_vs_saelens": sum(r[n] for r in found["unbraid", arch])
+            / sum(r[n] for r in found["saelens", arch])
+            for arch in given.arch if ("saelens", arch) in found for n in ("f1", "mcc", "ev")
+        }  # fmt: skip
+        result = {
+            "work": work, "machine": machine(), "versions": versions(sys.executable), "rows": rows,
+            "ratios": ratios,
+        }  # fmt: skip
+        given.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
