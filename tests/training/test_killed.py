@@ -1,4 +1,7 @@
-"""SIGKILL at random moments, ten times; the files are those of a run that nobody disturbed, byte for byte."""
+"""SIGKILL at random moments; the files are those of a run that nobody disturbed, byte for byte.
+
+A few kills for most kinds of step here; `python tests/training/test_killed.py` gives every architecture ten.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 
@@ -29,7 +34,7 @@ OPTIONS = {
     "calibration_tokens": 1024,
     "threads": 1,
 }
-KILLS = 10
+OWN = {"relu": {"resample_every": 90}, "jumprelu": {"options": {"l0": 0.1}}}
 
 # One process is killed again and again by forking it after the slow imports.
 SCRIPT = """
@@ -55,17 +60,32 @@ for line in sys.stdin:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
-def test_ten_kills_leave_no_trace(store: ActivationStore, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "kills"),
+    [("topk", 10), ("matryoshka", 3), ("relu", 3), ("jumprelu", 3), ("gated", 3)],
+)
+def test_kills_leave_no_trace(store: ActivationStore, tmp_path: Path, architecture: str, kills: int) -> None:
+    options = OPTIONS | {"architecture": architecture} | OWN.get(architecture, {})
     whole, out = tmp_path / "whole", tmp_path / "killed"
-    train(store, None, TrainConfig(**OPTIONS), whole)  # pyright: ignore[reportArgumentType]
+    train(store, None, TrainConfig(**options), whole)  # pyright: ignore[reportArgumentType]
+    _train_killed(store, options, out, kills)
+    names = sorted(path.name for path in whole.iterdir())
+    assert sorted(path.name for path in out.iterdir()) == names
+    for name in names:
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def _train_killed(store: ActivationStore, options: dict[str, Any], out: Path, kills: int) -> None:
+    """Train into `out`, killed so many times on the way."""
     chance = random.Random(0)
     environment = os.environ | {"PYTHONPATH": str(Path(unbraid.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    arguments = [sys.executable, "-c", SCRIPT, str(store.folder), json.dumps(OPTIONS), str(out)]
+    arguments = [sys.executable, "-c", SCRIPT, str(store.folder), json.dumps(options), str(out)]
     parent = subprocess.Popen(
         arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=environment
     )
     assert parent.stdin is not None and parent.stdout is not None
-    kills = 0
+    killed = 0
     with parent:
         try:
             while not out.exists():
@@ -78,15 +98,20 @@ def test_ten_kills_leave_no_trace(store: ActivationStore, tmp_path: Path) -> Non
                         assert int(number) in (0, signal.SIGKILL)
                         break
                     reports -= 1
-                    if reports == 0 and kills < KILLS:
+                    if reports == 0 and killed < kills:
                         time.sleep(chance.random() * 0.02)
                         os.kill(int(word), signal.SIGKILL)
-                        kills += 1
+                        killed += 1
         finally:
             parent.stdin.close()
-    assert kills == KILLS
-    names = sorted(path.name for path in whole.iterdir())
-    assert sorted(path.name for path in out.iterdir()) == names
-    for name in names:
-        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert killed == kills
+
+
+if __name__ == "__main__":
+    from conftest import _planted, _store
+    from unbraid.sae.registry import ARCHITECTURES
+
+    for name in (name for name, kind in ARCHITECTURES.items() if kind.reads == "site"):
+        with TemporaryDirectory() as folder:
+            test_kills_leave_no_trace(_store(Path(folder) / "acts", _planted(6000)), Path(folder), name, 10)
+        print(f"{name}: killed ten times, the same bytes")
