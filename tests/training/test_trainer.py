@@ -133,6 +133,7 @@ def test_dead_latents_are_revived(store: ActivationStore, tmp_path: Path) -> Non
         ({"k": 97}, "k is 97"),
         ({"k": 0}, "k is 0"),
         ({"d_sae": 0}, "width is 0"),
+        ({"device": "abacus"}, "device 'abacus' cannot be used here"),
         ({"architecture": "gate"}, "'gate'"),
         ({"options": {"l1": 1.0}}, "no option 'l1'"),
         ({"architecture": "relu", "options": {"l1": -1.0}}, "option l1"),

@@ -24,6 +24,10 @@ class Scaling:
         """Scaled activations of x, shape (n, d)."""
         return (x - self.mean) * self.scale
 
+    def to(self, device: torch.device) -> Scaling:
+        """The same on a device."""
+        return Scaling(self.mean.to(device), self.scale.to(device), self.unit)
+
     @classmethod
     def of(cls, x: Tensor, blocks: Sequence[int]) -> Scaling | None:
         """Measured on activations x (n, d) in float64, sites of `blocks` dimensions side by side; None where

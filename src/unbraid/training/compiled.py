@@ -174,18 +174,12 @@ class CompiledStep(ABC):
 
     def auxiliary(self, x: Tensor, error: Tensor, context: StepContext) -> Extra:
         """Gradients of AuxK (`objective.auxk`), formed for the dead latents' rows alone."""
-        d, F, alpha = self.sae.config.d_in, self.sae.config.d_sae, context.auxk_alpha
+        d, F = self.sae.config.d_in, self.sae.config.d_sae
         latents = context.dead.nonzero().squeeze(1)
-        if not alpha or not len(latents):
+        if not context.auxk_alpha or not len(latents):
             return Extra.of(latents[:0], F, None, None, None, torch.zeros(d))
         enc, dec, bias, shift = self.leaves(latents)
-        k = max(1, d // 2)
-        total = torch.zeros(())
-        for part, left in zip(x.split(CHUNK_ROWS), error.split(CHUNK_ROWS), strict=True):
-            values, indices = top_k((part - shift) @ enc.T + bias, min(k, len(latents)))
-            total = total + (left + decode(SparseCodes(indices, values.relu()), dec)).square().sum()
-        weight = alpha * min(1.0, len(latents) / k) / error.square().sum().clamp(min=1e-12)
-        (weight * total).backward()
+        auxk_gradients(x - shift, error, enc, dec, bias, context.auxk_alpha)
         return Extra.of(latents, F, enc.grad, dec.grad, bias.grad, self.at_input(shift))
 
     def leaves(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -241,6 +235,20 @@ class TopKStep(CompiledStep):
         # An entry just at the bar may come out on either side of it by rounding.
         self.hits += int((found >= bar[:, None] - 1e-5 * np.abs(bar[:, None])).sum())
         self.wanted += found.size
+
+
+def auxk_gradients(x: Tensor, error: Tensor, enc: Tensor, dec: Tensor, bias: Tensor, alpha: float) -> None:
+    """Add to the leaves enc, dec (m, d) and bias (m,), the rows of dead latents, AuxK's gradients.
+
+    x: (n, d), what W_enc multiplies; error: (n, d), the reconstruction less the target.
+    """
+    k = max(1, error.shape[1] // 2)
+    total = error.new_zeros(())
+    for part, left in zip(x.split(CHUNK_ROWS), error.split(CHUNK_ROWS), strict=True):
+        values, indices = top_k(part @ enc.T + bias, min(k, len(bias)))
+        total = total + (left + decode(SparseCodes(indices, values.relu()), dec)).square().sum()
+    weight = alpha * min(1.0, len(bias) / k) / error.square().sum().clamp(min=1e-12)
+    (weight * total).backward()
 
 
 def _rows(matrix: Tensor) -> F32:

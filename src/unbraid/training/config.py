@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from unbraid.manifest.errors import UserError
 from unbraid.sae.options import check_options
 from unbraid.sae.registry import architecture
@@ -42,6 +44,8 @@ class LoopOptions:
     """Steps summed up in one line of log.jsonl."""
     kernels: Kernels = "auto"
     """auto: a whole step in compiled loops, for the architectures that have one; plain: PyTorch's own."""
+    device: str = "cpu"
+    """Where the autoencoder is trained: cpu, cuda, cuda:1, …"""
     threads: int | None = None
     """CPU threads, by default what torch uses now; recorded, because sums of floats depend on it."""
 
@@ -96,6 +100,10 @@ class TrainConfig(TrainOptions):
                 raise UserError(f"{name} is {getattr(self, name)}; choose 1 or more")
         if self.resample_every < 0:
             raise UserError(f"resample_every is {self.resample_every}; choose 0 (never) or more")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:  # unknown, not there, or not in this build of torch
+            raise UserError(f"device {self.device!r} cannot be used here; choose --device cpu") from error
         if self.threads is not None and self.threads < 1:
             raise UserError(f"threads is {self.threads}; choose 1 or more")
         for name in ("peak_lr", "auxk_alpha"):

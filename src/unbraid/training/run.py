@@ -55,15 +55,16 @@ class Run:
 
     def __init__(self, sources: Sources, config: TrainConfig, folder: Path) -> None:
         self.sources, self.config, self.folder = sources, config, folder
-        self.scaling, self.target_scaling = _measure(sources, config.seed)
+        self.device = torch.device(config.device)
+        self.scaling, self.target_scaling = (s.to(self.device) for s in _measure(sources, config.seed))
         self.sae = self._initialised()
         self.optimizer = Adam(self.sae)
         self.stepper = stepper(self.sae, self.optimizer, config.kernels)
         self.step = 0
-        self.silent = torch.zeros(config.d_sae, dtype=torch.int64)  # tokens since each latent last fired
-        self.sums = torch.zeros(
-            4, dtype=torch.float64
-        )  # squared error, Σ‖target‖², active latents, tokens: since last log
+        # Tokens since each latent last fired; since the last log: squared error, Σ‖target‖², active latents,
+        # tokens.
+        self.silent = torch.zeros(config.d_sae, dtype=torch.int64, device=self.device)
+        self.sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         self.watch = DeadWatch()
         self.log_bytes = 0
         self.note = ""
@@ -113,8 +114,9 @@ class Run:
             self._checkpoint()
 
     def _scaled(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        scaled = self.scaling(x)
-        return scaled, self.target_scaling(target) if self.sources.across else scaled
+        scaled = self.scaling(x.to(self.device))
+        across = self.sources.across
+        return scaled, self.target_scaling(target.to(self.device)) if across else scaled
 
     def _one_step(self, x: Tensor, target: Tensor) -> None:
         """One batch of scaled activations, (n, d_in), and what to reconstruct, (n, d_out)."""
@@ -143,7 +145,7 @@ class Run:
         self.silent += len(target)
         self.silent[report.fired] = 0
         values = (report.squared_error, target.square().sum(), report.active, torch.tensor(len(target)))
-        self.sums += torch.stack([value.detach().double() for value in values])
+        self.sums += torch.stack([value.detach().to(self.device, torch.float64) for value in values])
 
     def _log(self) -> str:
         """Write what the last steps showed as one line; returns it in short."""
@@ -204,7 +206,8 @@ class Run:
         self.sae.load_state_dict({name: checkpoint.tensors[name] for name in self.sae.state_dict()})
         self.optimizer.restore(checkpoint.tensors)
         self.stepper.refresh()
-        self.silent, self.sums = checkpoint.tensors["silent"].clone(), checkpoint.tensors["sums"].clone()
+        self.silent.copy_(checkpoint.tensors["silent"])
+        self.sums.copy_(checkpoint.tensors["sums"])
         self.step, self.log_bytes = checkpoint.facts["step"], checkpoint.facts["log_bytes"]
         self.watch = DeadWatch(**checkpoint.facts["watch"])
 
@@ -219,8 +222,8 @@ class Run:
         steps = -(-config.calibration_tokens // size)
         # Another seed than training's, so that the tokens are not those of the first batches.
         drawn = self.sources.batches(size, seed=config.seed + 1, steps=steps)
-        measured = calibrate(self.sae, (x for x, _ in drawn))
-        sae = measured.sae.requires_grad_(False)
+        measured = calibrate(self.sae, (x.to(self.device) for x, _ in drawn))
+        sae = measured.sae.requires_grad_(False).cpu()
         save_sae(sae, self.folder)
         write_bytes(self.folder / SPARSITY, save({"sparsity": (measured.frequency + 1e-10).log10().float()}))
         (self.folder / FILE).unlink(missing_ok=True)
@@ -253,7 +256,7 @@ class Run:
     def _initialised(self) -> SAE:
         """Weights to start from, which the first batch decides on."""
         config = self.config
-        sae = build(sae_config(self.sources, config))
+        sae = build(sae_config(self.sources, config)).to(self.device)
         (batch,) = self.sources.batches(config.batch_size, seed=config.seed, steps=1)
         sae.initialise(*self._scaled(*batch), torch.Generator().manual_seed(config.seed))
         return sae

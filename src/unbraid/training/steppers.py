@@ -12,6 +12,7 @@ from unbraid.sae.kernels.cpu import Precision
 from unbraid.sae.matryoshka import MatryoshkaSAE
 from unbraid.sae.relu import ReLUSAE
 from unbraid.sae.topk import TopKSAE
+from unbraid.training import gpu
 from unbraid.training.adam import Adam
 from unbraid.training.compiled import CompiledStep, TopKStep
 from unbraid.training.compiled_threshold import BatchTopKStep, JumpReLUStep, ReLUStep
@@ -21,7 +22,9 @@ Kernels = Literal["auto", "plain"]
 
 
 def stepper(sae: SAE, optimizer: Adam, kernels: Kernels = "auto") -> Stepper:
-    """Compiled loops where they serve, for what they serve; PyTorch's operations otherwise."""
+    """Compiled loops or a GPU's kernels for what they serve; PyTorch's operations otherwise."""
+    if kernels == "auto" and gpu.fits(sae):
+        return gpu.GPUTopKStep(sae, optimizer)
     return (compiled(sae, optimizer) if kernels == "auto" else None) or PlainStep(sae, optimizer)
 
 

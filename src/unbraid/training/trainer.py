@@ -84,7 +84,8 @@ def train_together(
     config = jobs[0].config
     if any(_stream_of(job.config) != _stream_of(config) for job in jobs):
         raise ValueError("jobs of one stream must have the same seed, batch_size and steps")
-    check_memory((sae_config(job.sources, job.config) for job in jobs), available())
+    here = [job for job in jobs if job.config.device == "cpu"]
+    check_memory((sae_config(job.sources, job.config) for job in here), available())
     before = torch.get_num_threads()
     with ExitStack() as folders:
         try:
