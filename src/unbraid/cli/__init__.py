@@ -35,6 +35,7 @@ VERBS: dict[str, Verb] = {
     ),
     "capture": Verb("unbraid.cli.capture", "read a model's activations on a corpus into shards on disk"),
     "train": Verb("unbraid.cli.train", "train a sparse autoencoder on captured activations"),
+    "finetune": Verb("unbraid.cli.finetune", "train an autoencoder further on what it does to the model"),
     "sweep": Verb("unbraid.cli.sweep", "train many autoencoders at once and compare them on held-out text"),
     "evaluate": Verb("unbraid.cli.evaluate", "measure an autoencoder: reconstruction, sparsity, behaviour"),
     "index": Verb("unbraid.cli.index", "say what every latent does over a corpus"),

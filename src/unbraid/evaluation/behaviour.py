@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unbraid.evaluation.corpus import BLOCKS, Batch
+from unbraid.activations.corpus import BLOCKS, Batch
 from unbraid.manifest.errors import UserError
 from unbraid.model.load import LanguageModel
 from unbraid.model.read import logits_and_sites

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unbraid.activations.corpus import Positions, read_corpus
 from unbraid.activations.documents import Document
 from unbraid.evaluation.behaviour import Behaviour, Replacement
-from unbraid.evaluation.corpus import Positions, read_corpus
 from unbraid.evaluation.reconstruction import Reconstruction
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.progress import Progress

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unbraid.evaluation.corpus import BLOCKS
+from unbraid.activations.corpus import BLOCKS
 from unbraid.sae.base import SAEOutput
 from unbraid.stats.bootstrap import Interval, bootstrap_ratio, rate
 

@@ -15,14 +15,19 @@ from unbraid.model.sites import Site
 
 @contextmanager
 def replaced(
-    lm: LanguageModel, site: Site, function: Callable[[Tensor], Tensor], mask: Tensor
+    lm: LanguageModel,
+    site: Site,
+    function: Callable[[Tensor], Tensor],
+    mask: Tensor,
+    *,
+    gradient: bool = False,
 ) -> Generator[None]:
     """While open, forward passes go on with `function(x)` in place of x at `site`, where `mask` is true.
 
     function: activations (n, d) at the chosen tokens, in their order in the batch, to (n, d). mask: (B,
     T) booleans of the forward passes' shape. Tokens outside the mask keep their activation bit for bit. A
-    replaced resid_mid is carried by attn_out, as an edit is. Raises UserError when the site does not
-    exist.
+    replaced resid_mid is carried by attn_out, as an edit is. With `gradient` the passes can be differentiated
+    in what the function depends on. Raises UserError when the site does not exist.
     """
     lm.layout.require(site)
 
@@ -35,7 +40,7 @@ def replaced(
 
     hooks = install(lm.layout, site, step)
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradient):
             yield
     finally:
         for hook in hooks:

@@ -41,7 +41,7 @@ def tile_top(
     total = tl.where(column_on[None, :], total, float("-inf"))
     place = tl.arange(0, BN)
     to = (rows.to(tl.int64) * tiles + tile) * KEEP
-    for i in tl.static_range(KEEP):
+    for i in tl.static_range(KEEP):  # pyright: ignore
         best = tl.argmax(total, axis=1)
         tl.store(values + to + i, tl.max(total, axis=1), mask=row_on)
         tl.store(latents + to + i, tile * BN + best, mask=row_on)
@@ -84,7 +84,7 @@ def decode(
         left = tl.sum(code[:, None] * w, axis=0) + tl.load(b + inner, mask=on, other=0.0)
         left -= tl.load(target + row * d + inner, mask=on, other=0.0)
         tl.store(error + row * d + inner, left, mask=on)
-        square += tl.sum(left * left, axis=0)
+        square += tl.sum(left * left, axis=0)  # pyright: ignore
         slope += tl.sum(w * left[None, :], axis=1)
     tl.store(gradient + row * k + at, tl.where(code != 0.0, scale * slope, 0.0), mask=live)
     tl.store(squared + row, square)

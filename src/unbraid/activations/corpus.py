@@ -1,4 +1,4 @@
-"""The text an evaluation runs on: padded batches, with masks that say what is spliced and what is scored."""
+"""Text as padded batches, with masks that say where an autoencoder is spliced in and what is scored."""
 
 from __future__ import annotations
 
