@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from unbraid.practice.corpus import benign, red_team
 from unbraid.recipes.prompts import Records, Source, Split
 
-SIZES: Mapping[str, int] = {"fit": 900, "select": 300, "test": 520}
+SIZES: Mapping[str, int] = {"fit": 900, "select": 300, "test": 800}
 """Red-team probes, and as many benign prompts, that the practice world gives to each split."""
 
 
