@@ -45,8 +45,6 @@ class Options:
     """What to combine."""
     config: Annotated[LoopOptions, tyro.conf.arg(name="")] = field(default_factory=LoopOptions)
     """How to train."""
-    device: str = "cpu"
-    """Where the model runs: cpu, cuda, …"""
     log_to: tuple[Tool, ...] = ()
     """Also log to trackio, wandb or tensorboard, where installed; log.jsonl is written always."""
     json: bool = False
@@ -57,7 +55,7 @@ def run(options: Options) -> None:
     """Sweep, and print the table."""
     store = ActivationStore(options.activations)
     next(read_documents(options.text))  # a wrong file is told before a large model is loaded
-    lm = open_model(options.model, device=options.device)
+    lm = open_model(options.model, device=options.config.device)
     text = Text(lambda: read_documents(options.text), options.text.name, options.tokens, options.context)
     with logging_to(options.log_to) as on_log:
         found = run_sweep(

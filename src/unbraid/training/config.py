@@ -45,7 +45,7 @@ class LoopOptions:
     kernels: Kernels = "auto"
     """auto: a whole step in compiled loops, for the architectures that have one; plain: PyTorch's own."""
     device: str = "cpu"
-    """Where the autoencoder is trained: cpu, cuda, cuda:1, …"""
+    """Where it all runs: cpu, cuda, cuda:1, …"""
     threads: int | None = None
     """CPU threads, by default what torch uses now; recorded, because sums of floats depend on it."""
 
