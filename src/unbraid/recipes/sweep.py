@@ -92,7 +92,7 @@ def run_sweep(
             group = left[start : start + MEASURED_TOGETHER]
             with stage(f"evaluate {start + 1} to {start + len(group)} of {len(left)}", "batches") as progress:
                 found = evaluate_all(
-                    [SAE.from_pretrained(folder / trial.name) for trial in group],
+                    [SAE.from_pretrained(folder / trial.name).to(lm.device) for trial in group],
                     lm,
                     text.documents(),
                     tokens=text.tokens,
