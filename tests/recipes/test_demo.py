@@ -27,7 +27,7 @@ from unbraid.recipes.demo import practice_prompts
 from unbraid.recipes.results import lineage_is_clean
 from unbraid.recipes.workshop import AuditConfig, Workshop
 
-SIZES = {"fit": 360, "select": 90, "test": 120}
+SIZES = {"fit": (360, 360), "select": (90, 90), "test": (120, 110)}
 CONFIG = AuditConfig(
     sites=("layers.2.resid_post",), sae_steps=250, sae_seeds=1, doses=(3.0, 6.0), batch_size=180
 )
@@ -75,7 +75,7 @@ def test_summary_has_every_promised_number_as_an_interval(demo: tuple[Path, dict
         assert {"value", "low", "high", "n"} <= rate.keys()
         assert rate["low"] <= rate["value"] <= rate["high"] and rate["n"] > 0
     assert 1 <= len(summary["policy"]["latents"]) <= 3
-    assert summary["incidents_before"]["n"] == SIZES["test"]
+    assert summary["incidents_before"]["n"] == SIZES["test"][0]
 
 
 def test_the_failure_falls_and_benign_answers_stay(demo: tuple[Path, dict[str, Any]]) -> None:

@@ -7,17 +7,17 @@ from collections.abc import Mapping
 from unbraid.practice.corpus import benign, red_team
 from unbraid.recipes.prompts import Records, Source, Split
 
-SIZES: Mapping[str, int] = {"fit": 900, "select": 300, "test": 800}
-"""Red-team probes, and as many benign prompts, that the practice world gives to each split."""
+SIZES: Mapping[str, tuple[int, int]] = {"fit": (900, 900), "select": (300, 300), "test": (800, 520)}
+"""Red-team probes and benign prompts that the practice world gives to each split."""
 
 
-def practice_prompts(seed: int, sizes: Mapping[str, int] = SIZES) -> Source:
-    """Prompts of the practice world, in its own held-out splits; `sizes` of them in each, of either kind."""
+def practice_prompts(seed: int, sizes: Mapping[str, tuple[int, int]] = SIZES) -> Source:
+    """Prompts of the practice world, in its own held-out splits; `sizes` of either kind in each."""
 
     def source(split: Split) -> tuple[Records, Records]:
-        n = sizes[split]
-        return [c.probe() for c in red_team(split, n, seed=seed)], [
-            c.probe() for c in benign(split, n, seed=seed)
+        red, harmless = sizes[split]
+        return [c.probe() for c in red_team(split, red, seed=seed)], [
+            c.probe() for c in benign(split, harmless, seed=seed)
         ]
 
     return source
