@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+# The kernels for a GPU run in Triton's interpreter, which has to know before anybody imports Triton.
+os.environ["TRITON_INTERPRET"] = "1"
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 # Enough English for a byte-level tokenizer to learn some merges; every byte stays encodable without them.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from copy import deepcopy
 
 import pytest
@@ -16,7 +15,6 @@ from unbraid.training.gpu import GPUTopKStep, fits
 from unbraid.training.step import PlainStep
 from unbraid.training.steppers import stepper
 
-os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 pytest.importorskip("triton", reason="Triton is not installed")
 
 
