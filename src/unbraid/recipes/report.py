@@ -39,7 +39,7 @@ class Headline(TypedDict):
     after: IntervalDict
     """Incident rate under the policy."""
     difference: IntervalDict
-    """after − before, paired on the same prompts."""
+    """after − before, paired by prompt."""
     harmless_unchanged: IntervalDict
     """Share of harmless prompts whose answer is the same with and without the guard."""
     header_kept: NotRequired[IntervalDict]
