@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from unbraid.manifest.errors import IntegrityError
+from unbraid.manifest.errors import IntegrityError, UserError
 from unbraid.manifest.files import write_bytes
 
 FILE = "checkpoint.safetensors"
@@ -31,6 +31,14 @@ class Checkpoint:
         """Write it into `folder` in place of the one before."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
         write_bytes(folder / FILE, save(tensors, {"facts": json.dumps(self.facts)}))
+
+    def require(self, settings: Mapping[str, Any], folder: Path) -> None:
+        """Raise UserError when the run in `folder` was begun with other settings."""
+        if self.facts["settings"] != json.loads(json.dumps(settings)):
+            raise UserError(
+                f"{folder} holds an unfinished run with other settings; run it again with those, choose "
+                "another --out or delete it"
+            )
 
     @classmethod
     def read(cls, folder: Path) -> Checkpoint | None:

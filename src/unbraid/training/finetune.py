@@ -146,11 +146,7 @@ class _Run:
         found = Checkpoint.read(self.folder)
         if found is None:
             return
-        if found.facts["settings"] != json.loads(json.dumps(self.settings)):
-            raise UserError(
-                f"{self.folder} holds an unfinished run with other settings; run it again with those, choose "
-                "another --out or delete it"
-            )
+        found.require(self.settings, self.folder)
         self.sae.load_state_dict({name: found.tensors[name] for name in self.sae.state_dict()})
         self.adam.restore(found.tensors)
         self.sums.copy_(found.tensors["sums"])

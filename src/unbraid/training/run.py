@@ -198,11 +198,7 @@ class Run:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to a checkpoint. Raises UserError when it belongs to a run with other settings."""
-        if checkpoint.facts["settings"] != json.loads(json.dumps(self.settings)):
-            raise UserError(
-                f"{self.folder} holds an unfinished run with other settings; run it again with those, "
-                "choose another --out or delete it"
-            )
+        checkpoint.require(self.settings, self.folder)
         self.sae.load_state_dict({name: checkpoint.tensors[name] for name in self.sae.state_dict()})
         self.optimizer.restore(checkpoint.tensors)
         self.stepper.refresh()
