@@ -4,8 +4,8 @@ Per batch of n activations x (n, d_in), with F = d_sae latents:
 
 1. *Screen.* x and W_enc as int8, their product in chunks of rows, so that (n, F) never exists. The latents
    that may fire are candidates; their pre-activations are computed exactly, and decide which do. For TopK,
-   here, the best 1¼ k + 8 of each row are candidates; `compiled_threshold` has the architectures that compare
-   with a threshold. `recall` says how many of the true top k were among the candidates.
+   here, those whose rough product is near a row's k best are candidates, and `recall` says how many of the
+   true top k were among them; `compiled_threshold` has the architectures that compare with a threshold.
 2. *Decode.* Reconstruction, error and the gradient of every entry's value, row by row.
 3. *Update.* Entries grouped by latent; then for each latent, in one pass over its rows of every matrix: both
    gradients, decoder-norm projection, Adam, normalisation, int8 copy for the next screen.
@@ -21,7 +21,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from unbraid.sae.base import SAE
@@ -104,7 +103,7 @@ class CompiledStep(ABC):
         self.edges = np.array([0, sae.config.d_sae])
         self.small = ("b_enc", "b_dec")
         # Kept between steps: fresh memory costs more than its use.
-        self.error, self.squared = np.empty((1, 0, 0), np.float32), np.empty(0)
+        self.error, self.squared, self.centred = np.empty((1, 0, 0), np.float32), np.empty(0), torch.empty(0)
 
     @property
     def name(self) -> str:
@@ -119,24 +118,31 @@ class CompiledStep(ABC):
         """One optimiser step on activations x and targets, both (n, d_in); `number` counts from 1."""
         sae, scale = self.sae, 2 / target.numel()
         n, d, F = len(x), sae.config.d_in, sae.config.d_sae
-        centred, wanted = sae.centred(x).detach().contiguous(), cpu.array(target)
-        fired = self.select(centred, number)
         nested = len(self.edges) - 1
         if self.error.shape[:2] != (nested, n):
             self.error, self.squared = np.empty((nested, n, d), np.float32), np.empty(n)
+            self.centred = torch.empty(n, d)
+        centred, wanted = self.centred, cpu.array(target)
+
+        def centre(begin: int) -> None:
+            rows = slice(begin, begin + CHUNK_ROWS)
+            centred[rows] = sae.centred(x[rows]).detach()
+
+        cpu.side_by_side(centre, range(0, n, CHUNK_ROWS), self.threads)
+        fired = self.select(centred, number)
         error, gradient = self.error, np.empty(len(fired.values), np.float32)
 
-        def forward(begin: int) -> NDArray[np.float64]:
+        def forward(begin: int) -> F32:
             rows = slice(begin, min(begin + CHUNK_ROWS, n))
             loops.decode_and_compare(
                 fired.starts, fired.latents, fired.values, self.W_dec, sae.b_dec.detach().numpy(), self.edges,
                 wanted[rows], begin, scale, error[:, rows], gradient, self.squared[rows],
             )  # fmt: skip
-            return error[0, rows].sum(axis=0, dtype=np.float64)
+            return error[0, rows].sum(axis=0)
 
         d_b_dec = scale * sum(cpu.side_by_side(forward, range(0, n, CHUNK_ROWS), self.threads), np.zeros(d))
         codes = self.finish_gradient(fired, gradient, context, target.numel())
-        extra = self.auxiliary(centred, torch.from_numpy(error[-1]) * nested, context)
+        extra = self.auxiliary(centred, torch.from_numpy(error[-1]), context)
 
         lists = Lists.of(fired.starts, fired.latents, codes, F)
         cuts = lists.cuts()
@@ -148,8 +154,8 @@ class CompiledStep(ABC):
                 cuts[part], cuts[part + 1], lists.first, lists.rows, lists.entries, codes, gradient,
                 centred.numpy(), error, self.edges, scale, extra.rows, extra.enc, extra.dec,
                 self.W_enc, self.W_dec, *self.moments, d_b_enc, back[part],
-                self.screen.shadow.numpy(), self.screen.unit, lr / unbias_mean, 1 / unbias_square,
-                BETA_MEAN, BETA_SQUARE, EPSILON,
+                self.screen.shadow.numpy(), self.screen.unit, self.screen.length,
+                lr / unbias_mean, 1 / unbias_square, BETA_MEAN, BETA_SQUARE, EPSILON,
             )  # fmt: skip
 
         cpu.side_by_side(backward, range(PARTS), self.threads)
@@ -173,13 +179,16 @@ class CompiledStep(ABC):
         return fired.values
 
     def auxiliary(self, x: Tensor, error: Tensor, context: StepContext) -> Extra:
-        """Gradients of AuxK (`objective.auxk`), formed for the dead latents' rows alone."""
+        """Gradients of AuxK (`objective.auxk`), formed for the dead latents' rows alone.
+
+        error: (n, d), that of the whole width, over the number of nested widths.
+        """
         d, F = self.sae.config.d_in, self.sae.config.d_sae
         latents = context.dead.nonzero().squeeze(1)
         if not context.auxk_alpha or not len(latents):
             return Extra.of(latents[:0], F, None, None, None, torch.zeros(d))
         enc, dec, bias, shift = self.leaves(latents)
-        auxk_gradients(x - shift, error, enc, dec, bias, context.auxk_alpha)
+        auxk_gradients(x - shift, error * (len(self.edges) - 1), enc, dec, bias, context.auxk_alpha)
         return Extra.of(latents, F, enc.grad, dec.grad, bias.grad, self.at_input(shift))
 
     def leaves(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

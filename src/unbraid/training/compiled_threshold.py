@@ -36,11 +36,10 @@ class ThresholdStep(CompiledStep):
         """Entries of x (n, d) whose pre-activation exceeds edge (F,), values being pre-activations. `room`:
         how many are expected in CHUNK_ROWS rows; more are found in a second attempt.
         """
-        norm = float(torch.linalg.vector_norm(torch.from_numpy(self.W_enc), dim=1).max())
 
         def some(begin: int) -> tuple[I64, I32, F32]:
             rows, size = x[begin : begin + CHUNK_ROWS], room
-            while (found := self.screen.above(rows, edge, norm, size)) is None:
+            while (found := self.screen.above(rows, edge, size)) is None:
                 size *= 4
             return found
 

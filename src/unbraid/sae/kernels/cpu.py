@@ -24,7 +24,7 @@ from unbraid.sae.kernels import loops
 T = TypeVar("T")
 F32, I32, I64 = NDArray[np.float32], NDArray[np.int32], NDArray[np.int64]
 Precision = Literal["int8", "float32"]
-CHUNK_ROWS = 512
+CHUNK_ROWS = 256
 """Rows whose dense products exist at the same time, for each thread."""
 NARROW = 16
 """Width below which the product is in float32: nothing is to gain, and torch 2.13 multiplies int8 matrices
@@ -111,61 +111,54 @@ class Screen:
         F, d = W_enc.shape
         self.W_enc, self.b_enc = W_enc, b_enc
         self.kind: Precision = "float32" if d < NARROW else kind or precision()
-        self.shadow, self.unit = torch.empty(F, d, dtype=torch.int8), np.ones(F, np.float32)
+        self.shadow = torch.empty(F, d, dtype=torch.int8)
+        self.unit, self.length = np.ones(F, np.float32), np.empty(F, np.float32)
         self.local = threading.local()
-        if self.kind == "int8":
-            edges = np.linspace(0, F, PARTS + 1).astype(np.int64)
-            side_by_side(lambda part: self.refresh(edges[part], edges[part + 1]), range(PARTS))
+        edges = np.linspace(0, F, PARTS + 1).astype(np.int64)
+        side_by_side(lambda part: self.refresh(edges[part], edges[part + 1]), range(PARTS))
 
     def refresh(self, begin: int, end: int) -> None:
         """Copy latents begin … end − 1 again, after their weights have changed."""
-        loops.quantise_rows(self.W_enc[begin:end], self.shadow.numpy()[begin:end], self.unit[begin:end])
+        rows = slice(begin, end)
+        loops.quantise_rows(self.W_enc[rows], self.shadow.numpy()[rows], self.unit[rows], self.length[rows])
 
     def top_k(self, x: Tensor, latents: I32, values: F32) -> None:
         """Fill latents and values (m, k) with the k largest pre-activations of x (m, d), m ≤ CHUNK_ROWS."""
-        k, F = latents.shape[1], len(self.b_enc)
-        product, scale, unit = self.product(x)
+        product, scale, unit, slack = self.product(x)
         loops.top_k_screened(
-            product.numpy(), scale, unit, x.numpy(), self.W_enc, self.b_enc, min(F, k + k // 4 + 8),
-            latents, values,
-        )  # fmt: skip
+            product.numpy(), scale, unit, x.numpy(), self.W_enc, self.b_enc, slack, latents, values
+        )
 
-    def above(self, x: Tensor, edge: F32, norm: float, room: int) -> tuple[I64, I32, F32] | None:
+    def above(self, x: Tensor, edge: F32, room: int) -> tuple[I64, I32, F32] | None:
         """Entries of x (m, d), m ≤ CHUNK_ROWS, whose pre-activation exceeds edge (F,): how many each row has
         (m,), their latents, rising in each row, and values; None where there are more than `room`.
-
-        `norm` is the largest length of a row of W_enc.
         """
-        product, scale, unit = self.product(x)
-        length = x.norm(dim=1).numpy()
-        if self.kind == "int8":
-            # Rounding to units of u is off by u/√12; the products' errors add up like independent ones.
-            rough = np.sqrt((scale * norm) ** 2 + (unit.max() * length) ** 2) / np.sqrt(12)
-            slack = SIGMAS * rough
-        else:
-            slack = 1e-5 * length * norm
-        counts, latents, values = (
-            np.empty(len(x), np.int64),
-            np.empty(room, np.int32),
-            np.empty(room, np.float32),
-        )
+        product, scale, unit, slack = self.product(x)
+        counts, latents = np.empty(len(x), np.int64), np.empty(room, np.int32)
+        values = np.empty(room, np.float32)
         found = loops.above_screened(
-            product.numpy(), scale, unit, x.numpy(), self.W_enc, self.b_enc, edge, slack.astype(np.float32),
+            product.numpy(), scale, unit, x.numpy(), self.W_enc, self.b_enc, edge, slack,
             counts, latents, values,
         )  # fmt: skip
         return None if found < 0 else (counts, latents[:found], values[:found])
 
-    def product(self, x: Tensor) -> tuple[Tensor, F32, F32]:
-        """Roughly x W_encᵀ, (m, F), and its units: one for each row (m,) times one for each latent (F,)."""
+    def product(self, x: Tensor) -> tuple[Tensor, F32, F32, F32]:
+        """Roughly x W_encᵀ, (m, F), its units, one for each row (m,) times one for each latent (F,), and by
+        how much it may be off in each row, (m,).
+        """
         m, d = x.shape
-        scale = np.ones(m, np.float32)
-        if self.kind == "float32":
-            return x @ torch.from_numpy(self.W_enc).T, scale, np.ones_like(self.unit)
+        scale, length = np.ones(m, np.float32), np.empty(m, np.float32)
         rough = torch.empty(m, d, dtype=torch.int8)
-        loops.quantise_rows(x.numpy(), rough.numpy(), scale)
+        loops.quantise_rows(x.numpy(), rough.numpy(), scale, length)
+        norm = self.length.max()
+        if self.kind == "float32":
+            ones = np.ones_like
+            return x @ torch.from_numpy(self.W_enc).T, ones(scale), ones(self.unit), 1e-5 * length * norm
         product = self._room()[:m]
         torch._int_mm(rough, self.shadow.T, out=product)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
-        return product, scale, self.unit
+        # Rounding to units of u is off by u/√12; the products' errors add up like independent ones.
+        off = np.sqrt(((scale * norm) ** 2 + (self.unit.max() * length) ** 2) / 12)
+        return product, scale, self.unit, np.float32(SIGMAS) * off
 
     def _room(self) -> Tensor:
         """This thread's own (CHUNK_ROWS, F) int32, made once: a fresh one's pages cost more than its use."""

@@ -26,22 +26,40 @@ I32 = NDArray[np.int32]
 I64 = NDArray[np.int64]
 I8 = NDArray[np.int8]
 
-# Sums may be reordered and fused; NaN and infinity keep their meaning.
+# Sums may be reordered and fused; NaN and infinity keep their meaning. A check for division by 0 would keep
+# loops from being vectorised.
 _MATH = {"reassoc", "contract", "nsz", "arcp"}
 
 
 def _compiled(function: Callable[P, R]) -> Callable[P, R]:
-    return cast("Callable[P, R]", numba.njit(nogil=True, cache=True, fastmath=_MATH)(function))
+    return cast(
+        "Callable[P, R]", numba.njit(nogil=True, cache=True, fastmath=_MATH, error_model="numpy")(function)
+    )
 
 
 @_compiled
-def quantise_rows(x: F32, out: I8, scale: F32) -> None:
-    """x (n, d) as int8 times one scale per row: out (n, d), scale (n,). A row of zeros has scale 1."""
+def _dot(a: F32, b: F32) -> np.float32:
+    total = np.float32(0)
+    for c in range(len(a)):
+        total += a[c] * b[c]
+    return total
+
+
+@_compiled
+def quantise_rows(x: F32, out: I8, scale: F32, length: F32) -> None:
+    """x (n, d) as int8 times one scale per row: out (n, d), scale (n,). A row of zeros has scale 1.
+    length: (n,), that of each row.
+    """
     n, d = x.shape
+    highest = np.zeros(1, np.int32)
     for i in range(n):
-        top = np.float32(0)
+        length[i] = np.sqrt(_dot(x[i], x[i]))
+        # Without their signs, floats are in the order of their bits; maxima of integers are vectorised.
+        bits, most = x[i].view(np.int32), np.int32(0)
         for c in range(d):
-            top = max(top, abs(x[i, c]))
+            most = max(most, bits[c] & np.int32(0x7FFFFFFF))
+        highest[0] = most
+        top = highest.view(np.float32)[0]
         unit = top / np.float32(127) if top > 0 else np.float32(1)
         scale[i] = unit
         inverse = np.float32(1) / unit
@@ -77,43 +95,74 @@ def _partition(keys: F32, tags: I32, low: int, high: int, wanted: int) -> None:
 
 
 @_compiled
-def _dot(a: F32, b: F32) -> np.float32:
-    total = np.float32(0)
-    for c in range(len(a)):
-        total += a[c] * b[c]
-    return total
+def _at(which: I32, s: int) -> int:
+    """which[s], or the last."""
+    return which[min(s, len(which) - 1)]
 
 
 @_compiled
-def _four_dots(
-    x: F32, a: F32, b: F32, c: F32, d: F32
-) -> tuple[np.float32, np.float32, np.float32, np.float32]:
+def _weight(weights: F32, s: int) -> np.float32:
+    """weights[s], or 0 beyond the last."""
+    return weights[s] if s < len(weights) else np.float32(0)
+
+
+@_compiled
+def _eight_dots(
+    x: F32, a: F32, b: F32, c: F32, d: F32, e: F32, f: F32, g: F32, h: F32
+) -> tuple[np.float32, ...]:
     p, q, r, s = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+    t, u, v, w = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
     for i in range(len(x)):
         p += x[i] * a[i]
         q += x[i] * b[i]
         r += x[i] * c[i]
         s += x[i] * d[i]
-    return p, q, r, s
+        t += x[i] * e[i]
+        u += x[i] * f[i]
+        v += x[i] * g[i]
+        w += x[i] * h[i]
+    return p, q, r, s, t, u, v, w
 
 
 @_compiled
-def _pre_activations(x: F32, W: F32, bias: F32, latents: I32, out: F32) -> None:
-    """out[s] = x · W[latents[s]] + bias[latents[s]]; four at once, so that their rows come from memory
-    together.
+def _dots(x: F32, table: F32, which: I32, out: F32) -> None:
+    """out[s] = x · table[which[s]]. Eight at once, so that their rows come from memory together; where fewer
+    are left, the last is taken again.
     """
-    s = 0
-    while s + 4 <= len(latents):
-        one, two, three, four = latents[s], latents[s + 1], latents[s + 2], latents[s + 3]
-        sums = _four_dots(x, W[one], W[two], W[three], W[four])
-        out[s] = sums[0] + bias[one]
-        out[s + 1] = sums[1] + bias[two]
-        out[s + 2] = sums[2] + bias[three]
-        out[s + 3] = sums[3] + bias[four]
-        s += 4
-    while s < len(latents):
-        out[s] = _dot(x, W[latents[s]]) + bias[latents[s]]
-        s += 1
+    many = len(which)
+    for s in range(0, many, 8):
+        a, b, c, d = which[s], _at(which, s + 1), _at(which, s + 2), _at(which, s + 3)
+        e, f, g, h = _at(which, s + 4), _at(which, s + 5), _at(which, s + 6), _at(which, s + 7)
+        some = _eight_dots(
+            x, table[a], table[b], table[c], table[d], table[e], table[f], table[g], table[h]
+        )  # fmt: skip
+        for t in range(min(8, many - s)):
+            out[s + t] = some[t]
+
+
+@_compiled
+def _add_eight(
+    out: F32, a: F32, b: F32, c: F32, d: F32, e: F32, f: F32, g: F32, h: F32,
+    p: np.float32, q: np.float32, r: np.float32, s: np.float32,
+    t: np.float32, u: np.float32, v: np.float32, w: np.float32,
+) -> None:  # fmt: skip
+    for i in range(len(out)):
+        left = p * a[i] + q * b[i] + r * c[i] + s * d[i]
+        out[i] += left + t * e[i] + u * f[i] + v * g[i] + w * h[i]
+
+
+@_compiled
+def _add_rows(weights: F32, which: I32, table: F32, out: F32) -> None:
+    """out += Σ weights[s] · table[which[s]], both of one length. Eight at once, as in `_dots`."""
+    for s in range(0, len(which), 8):
+        a, b, c, d = which[s], _at(which, s + 1), _at(which, s + 2), _at(which, s + 3)
+        e, f, g, h = _at(which, s + 4), _at(which, s + 5), _at(which, s + 6), _at(which, s + 7)
+        _add_eight(
+            out, table[a], table[b], table[c], table[d], table[e], table[f], table[g], table[h],
+            weights[s], _weight(weights, s + 1), _weight(weights, s + 2),
+            _weight(weights, s + 3), _weight(weights, s + 4), _weight(weights, s + 5),
+            _weight(weights, s + 6), _weight(weights, s + 7),
+        )  # fmt: skip
 
 
 @_compiled
@@ -124,9 +173,9 @@ def _bar(keys: F32, wanted: int) -> np.float32:
         low, high = min(low, keys[i]), max(high, keys[i])
     for _ in range(16):
         middle = np.float32(0.5) * (low + high)
-        reach = 0
+        reach = np.int32(0)
         for i in range(len(keys)):
-            reach += keys[i] >= middle
+            reach += np.int32(keys[i] >= middle)
         if reach >= wanted:
             low = middle
             if reach == wanted:
@@ -137,20 +186,53 @@ def _bar(keys: F32, wanted: int) -> np.float32:
 
 
 @_compiled
-def _score(product: I32, scale: F32, bias: F32, unit: np.float32, score: F32, best: F32) -> None:
-    """score (F,) = product · scale + bias · unit, and best (groups,): the largest of g, g + groups, …"""
-    F, groups = len(product), len(best)
+def _score(product: np.int32, scale: np.float32, bias: np.float32, unit: np.float32) -> np.float32:
+    """A rough pre-activation, in units of its row."""
+    return np.float32(product) * scale + bias * unit
+
+
+@_compiled
+def _maxima(
+    p: I32, q: I32, scale: F32, bias: F32, unit_p: np.float32, unit_q: np.float32, best_p: F32, best_q: F32
+) -> None:
+    """The largest scores (see `_score`) of latents g, g + groups, … of two rows: best_p, best_q (groups,).
+    Two rows together, because scale and bias take as long to read as the products.
+    """
+    F, groups = len(p), len(best_p)
     for start in range(0, F, groups):
         end = min(start + groups, F)
         # Slices tell the compiler that everything is contiguous; a fourth of the time without them.
-        p, s, b, out = product[start:end], scale[start:end], bias[start:end], score[start:end]
-        top = best[: end - start]
+        ps, qs, s, b = p[start:end], q[start:end], scale[start:end], bias[start:end]
+        one, two = best_p[: end - start], best_q[: end - start]
         if start == 0:
-            top[:] = -np.inf
-        for g in range(len(out)):
-            value = np.float32(p[g]) * s[g] + b[g] * unit
-            out[g] = value
-            top[g] = value if value > top[g] else top[g]
+            one[:] = -np.inf
+            two[:] = -np.inf
+        for g in range(len(s)):
+            v, w = _score(ps[g], s[g], b[g], unit_p), _score(qs[g], s[g], b[g], unit_q)
+            one[g] = v if v > one[g] else one[g]
+            two[g] = w if w > two[g] else two[g]
+
+
+@_compiled
+def _collect(
+    product: I32, scale: F32, bias: F32, unit: np.float32, best: F32, bar: np.float32, near: I32, tags: I32
+) -> int:
+    """Write into tags, rising, which latents' scores reach the bar; returns how many. Only groups whose best
+    does are looked at. near: room for all groups, tags: for all latents.
+    """
+    F, groups = len(product), len(best)
+    many = 0
+    for g in range(groups):
+        near[many] = g
+        many += best[g] >= bar
+    found = 0
+    for offset in range(0, F, groups):
+        for m in range(many):
+            j = offset + near[m]
+            if j < F and _score(product[j], scale[j], bias[j], unit) >= bar:
+                tags[found] = j
+                found += 1
+    return found
 
 
 @_compiled
@@ -161,41 +243,52 @@ def top_k_screened(
     x: F32,
     W: F32,
     bias: F32,
-    screened: int,
+    slack: F32,
     latents: I32,
     values: F32,
 ) -> None:
-    """The k largest pre-activations of each row, looked for among the `screened` best by a rough product.
+    """The k largest pre-activations of each row, looked for by a rough product that may put two of them in
+    the wrong order where they differ by less than slack (n,).
 
     product: (n, F) int32 products of quantised rows and latents; row_scale (n,) and latent_scale (F,) give
-    their units. x: (n, d), W: (F, d), bias: (F,) are exact. latents and values: (n, k), filled. A row is cut
-    into strided groups; the best `screened` entries lie in the `screened` groups with the largest maxima, so
-    only these are searched.
+    their units. x: (n, d), W: (F, d), bias: (F,) are exact. latents and values: (n, k), filled; values of a
+    row with NaN are NaN. A row is cut into strided groups: what k of their maxima reach, at least k latents
+    reach, so that only those within the slack of it have to be computed.
     """
     n, F = product.shape
     k = latents.shape[1]
-    groups = max(F // 32, min(F, 2 * screened))
-    score = np.empty(F, np.float32)
-    best = np.empty(groups, np.float32)
-    keys, tags = np.empty(F, np.float32), np.zeros(F, np.int32)  # NaN leaves tags as they are
+    groups = max(F // 32, min(F, 2 * k))
+    best, units = np.empty((2, groups), np.float32), np.float32(1) / row_scale
+    near, tags, keys = np.empty(groups, np.int32), np.empty(F, np.int32), np.empty(F, np.float32)
     for i in range(n):
-        _score(product[i], latent_scale, bias, np.float32(1) / row_scale[i], score, best)
-        bar = _bar(best, screened)
-        found = 0
-        for g in range(groups):
-            if best[g] >= bar:
-                for j in range(g, F, groups):
-                    if score[j] >= bar:
-                        keys[found] = score[j]
-                        tags[found] = j
-                        found += 1
-        if found > screened:
-            _partition(keys, tags, 0, found, screened)
-            found = screened
-        _pre_activations(x[i], W, bias, tags[:found], keys[:found])
-        _partition(keys, tags, 0, found, k)
-        latents[i] = tags[:k]
-        values[i] = keys[:k]
+        unit, mine = units[i], best[i % 2]
+        if i % 2 == 0:
+            o = min(i + 1, n - 1)
+            _maxima(product[i], product[o], latent_scale, bias, unit, units[o], best[0], best[1])
+        bar = _bar(mine, k)
+        bar -= slack[i] * unit + np.float32(1e-6) * abs(bar)  # what is added: a score may be rounded twice
+        found = _collect(product[i], latent_scale, bias, unit, mine, bar, near, tags)
+        if found < k:
+            latents[i] = np.arange(k)
+            values[i] = np.nan
+            continue
+        _dots(x[i], W, tags[:found], keys[:found])
+        for c in range(found):
+            keys[c] += bias[tags[c]]
+        bar, kept = _bar(keys[:found], k), 0
+        for c in range(found):
+            kept += keys[c] >= bar
+        if kept != k:  # ties, or NaN
+            _partition(keys, tags, 0, found, k)
+            latents[i] = tags[:k]
+            values[i] = keys[:k]
+            continue
+        kept = 0
+        for c in range(found):
+            if keys[c] >= bar:
+                latents[i, kept] = tags[c]
+                values[i, kept] = keys[c]
+                kept += 1
 
 
 @_compiled
@@ -220,26 +313,19 @@ def above_screened(
     """
     n, F = product.shape
     groups = max(F // 32, 1)
-    score, best = np.empty(F, np.float32), np.empty(groups, np.float32)
+    best, units = np.empty((2, groups), np.float32), np.float32(1) / row_scale
     near, tags, exact = np.empty(groups, np.int32), np.empty(F, np.int32), np.empty(F, np.float32)
     below = bias - edge
     found = 0
     for i in range(n):
-        unit = np.float32(1) / row_scale[i]
-        _score(product[i], latent_scale, below, unit, score, best)
-        bar = -slack[i] * unit
-        many = 0
-        for g in range(groups):
-            near[many] = g
-            many += best[g] > bar
-        candidates = 0
-        for offset in range(0, F, groups):
-            for m in range(many):
-                j = offset + near[m]
-                if j < F and score[j] > bar:
-                    tags[candidates] = j
-                    candidates += 1
-        _pre_activations(x[i], W, bias, tags[:candidates], exact[:candidates])
+        unit, mine = units[i], best[i % 2]
+        if i % 2 == 0:
+            o = min(i + 1, n - 1)
+            _maxima(product[i], product[o], latent_scale, below, unit, units[o], best[0], best[1])
+        candidates = _collect(product[i], latent_scale, below, unit, mine, -slack[i] * unit, near, tags)
+        _dots(x[i], W, tags[:candidates], exact[:candidates])
+        for c in range(candidates):
+            exact[c] += bias[tags[c]]
         start = found
         for c in range(candidates):
             if exact[c] > edge[tags[c]]:
@@ -255,25 +341,16 @@ def above_screened(
 @_compiled
 def weighted_rows(latents: I64, weights: F32, table: F32, out: F32) -> None:
     """out[i] = Σ weights[i, s] · table[latents[i, s]]; latents and weights: (n, k), out: (n, d)."""
-    n, k = latents.shape
-    for i in range(n):
-        row = out[i]
-        row[:] = 0
-        for s in range(k):
-            weight = weights[i, s]
-            if weight != 0:
-                other = table[latents[i, s]]
-                for c in range(len(row)):
-                    row[c] += weight * other[c]
+    for i in range(len(latents)):
+        out[i] = 0
+        _add_rows(weights[i], latents[i], table, out[i])
 
 
 @_compiled
 def row_products(latents: I64, rows: F32, table: F32, out: F32) -> None:
     """out[i, s] = rows[i] · table[latents[i, s]]; latents and out: (n, k), rows: (n, d)."""
-    n, k = latents.shape
-    for i in range(n):
-        for s in range(k):
-            out[i, s] = _dot(rows[i], table[latents[i, s]])
+    for i in range(len(latents)):
+        _dots(rows[i], table, latents[i], out[i])
 
 
 @_compiled
@@ -282,12 +359,17 @@ def sums_by_latent(
 ) -> None:
     """out[j] = Σ weight · table[row] over the entries of each latent begin … end − 1; out: (F, d)."""
     for j in range(begin, end):
-        mine = out[j]
-        mine[:] = 0
-        for p in range(first[j], first[j + 1]):
-            weight, row = weights[entries[p]], table[rows[p]]
-            for c in range(len(mine)):
-                mine[c] += weight * row[c]
+        mine = slice(first[j], first[j + 1])
+        out[j] = 0
+        _add_rows(weights[entries[mine]], rows[mine], table, out[j])
+
+
+@_compiled
+def _until(latents: I32, begin: int, end: int, edge: int) -> int:
+    """The first place from begin on where a latent is not below the edge; end if none is."""
+    while begin < end and latents[begin] < edge:
+        begin += 1
+    return begin
 
 
 @_compiled
@@ -310,7 +392,7 @@ def decode_and_compare(
 
     With M nested widths edges[1:] (M is 1 but for Matryoshka), the reconstruction of the first edges[m + 1]
     latents has an error of its own, and what counts is the mean of the M: error[m] is Σ of those that latents
-    edges[m] … edges[m + 1] − 1 have a part in, over M.
+    edges[m] … edges[m + 1] − 1 have a part in, over M. With more than one, the latents of a row must rise.
 
     target: (rows, d) and error: (M, rows, d), for these rows alone; starts, latents, values and gradient
     cover the batch. squared: (rows,), the squared length of each row's error when all latents take part.
@@ -319,6 +401,7 @@ def decode_and_compare(
     nested = len(edges) - 1
     for i in range(rows):
         begin, end = starts[first + i], starts[first + i + 1]
+        done = begin
         for m in range(nested):
             row = error[m, i]
             if m == 0:
@@ -326,12 +409,9 @@ def decode_and_compare(
                     row[c] = b_dec[c] - target[i, c]
             else:
                 row[:] = error[m - 1, i]
-            for e in range(begin, end):
-                value, j = values[e], latents[e]
-                if value != 0 and edges[m] <= j < edges[m + 1]:
-                    latent = W_dec[j]
-                    for c in range(d):
-                        row[c] += value * latent[c]
+            until = _until(latents, done, end, edges[m + 1])
+            _add_rows(values[done:until], latents[done:until], W_dec, row)
+            done = until
         squared[i] = _dot(error[nested - 1, i], error[nested - 1, i])
         if nested > 1:
             share = np.float32(1) / np.float32(nested)
@@ -342,11 +422,13 @@ def decode_and_compare(
                 if m + 1 < nested:
                     for c in range(d):
                         row[c] += error[m + 1, i, c]
+        done = begin
+        for m in range(nested):
+            until = _until(latents, done, end, edges[m + 1])
+            _dots(error[m, i], W_dec, latents[done:until], gradient[done:until])
+            done = until
         for e in range(begin, end):
-            m = 0
-            while latents[e] >= edges[m + 1]:
-                m += 1
-            gradient[e] = np.float32(scale) * _dot(error[m, i], W_dec[latents[e]])
+            gradient[e] *= np.float32(scale)
 
 
 @_compiled
@@ -371,24 +453,6 @@ def group_by_latent(starts: I64, latents: I32, values: F32, first: I64, rows: I3
                 place[latents[e]] += 1
                 rows[p] = i
                 entries[p] = e
-
-
-@_compiled
-def _sums(
-    begin: int, end: int, rows: I32, entries: I32, values: F32, gradient: F32, x: F32, error: F32,
-    scale: float, enc: F32, dec: F32,
-) -> np.float32:  # fmt: skip
-    """Add one latent's gradients to enc and dec (d,); returns that of its bias."""
-    total = np.float32(0)
-    for p in range(begin, end):
-        g = gradient[entries[p]]
-        v = np.float32(scale) * values[entries[p]]
-        xs, es = x[rows[p]], error[rows[p]]
-        total += g
-        for c in range(len(enc)):
-            enc[c] += g * xs[c]
-            dec[c] += v * es[c]
-    return np.float32(total)
 
 
 @_compiled
@@ -433,6 +497,7 @@ def update(
     back: F32,
     shadow: I8,
     shadow_scale: F32,
+    shadow_length: F32,
     lr: float,
     unbias: float,
     beta1: float,
@@ -444,12 +509,14 @@ def update(
     For each latent: Σ gradient · x[row] and scale · Σ value · error[m, row] over its entries, where latent j
     is one of edges[m] … edges[m + 1] − 1; plus row extra[j] of extra_enc and extra_dec where that is not −1;
     what would change the decoder row's length alone is taken out; Adam; the decoder row's length
-    is set to 1; the encoder row is quantised into shadow (F, d) and shadow_scale (F,) for the next screen.
+    is set to 1; the encoder row is quantised into shadow (F, d), shadow_scale and
+    shadow_length (F,) for the next screen.
     d_bias: (F,), gradients of b_enc; back: (d,), to which Σ d_bias[j] · W_enc[j] is added, with the weights
     from before: what the codes' gradient is in the activations.
     """
     d = x.shape[1]
     enc, dec = np.empty(d, np.float32), np.empty(d, np.float32)
+    to_enc, to_dec = np.empty(len(x), np.float32), np.empty(len(x), np.float32)  # no latent fires twice a row
     m = 0
     for j in range(begin, end):
         while j >= edges[m + 1]:
@@ -460,7 +527,14 @@ def update(
         else:
             enc[:] = 0
             dec[:] = 0
-        total = _sums(first[j], first[j + 1], rows, entries, values, gradient, x, error[m], scale, enc, dec)
+        mine, total = slice(first[j], first[j + 1]), np.float32(0)
+        for p, e in enumerate(entries[mine]):
+            total += gradient[e]
+            to_enc[p] = gradient[e]
+            to_dec[p] = np.float32(scale) * values[e]
+        many = len(rows[mine])
+        _add_rows(to_enc[:many], rows[mine], x, enc)
+        _add_rows(to_dec[:many], rows[mine], error[m], dec)
         d_bias[j] = total
         for c in range(d):
             back[c] += total * W_enc[j, c]
@@ -473,4 +547,4 @@ def update(
         shrink = np.float32(1) / max(length, np.float32(1e-12))
         for c in range(d):
             W_dec[j, c] *= shrink
-    quantise_rows(W_enc[begin:end], shadow[begin:end], shadow_scale[begin:end])
+    quantise_rows(W_enc[begin:end], shadow[begin:end], shadow_scale[begin:end], shadow_length[begin:end])
