@@ -32,20 +32,16 @@ SPARE = 1.5
 class ThresholdStep(CompiledStep):
     """What the architectures of this file share: collecting entries above an edge."""
 
-    def entries_above(self, x: Tensor, edge: F32, room: int) -> Fired:
-        """Entries of x (n, d) whose pre-activation exceeds edge (F,), values being pre-activations. `room`:
-        how many are expected in CHUNK_ROWS rows; more are found in a second attempt.
-        """
+    def entries_above(self, x: Tensor, edge: F32) -> Fired:
+        """Entries of x (n, d) whose pre-activation exceeds edge (F,), values being pre-activations."""
 
         def some(begin: int) -> tuple[I64, I32, F32]:
-            rows, size = x[begin : begin + CHUNK_ROWS], room
-            while (found := self.screen.above(rows, edge, size)) is None:
-                size *= 4
-            return found
+            return self.screen.above(x[begin : begin + CHUNK_ROWS], edge)
 
         parts = cpu.side_by_side(some, range(0, len(x), CHUNK_ROWS), self.threads)
-        counts, latents, values = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return Fired(_starts(counts), latents, values)
+        counts, latents, values = zip(*((np.diff(starts), *rest) for starts, *rest in parts), strict=True)
+        starts = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
+        return Fired(starts, np.concatenate(latents), np.concatenate(values))
 
     def sample(self, x: Tensor) -> Tensor:
         """Some rows of x, spread evenly."""
@@ -70,8 +66,7 @@ class BatchTopKStep(ThresholdStep):
         while True:
             place = int(share * self.sae.config.k * len(sample))
             edge = max(float(typical[place]), 0.0) if place < len(typical) else 0.0
-            room = int(2 * share * self.sae.config.k * CHUNK_ROWS)
-            found = self.entries_above(x, np.full(self.sae.config.d_sae, edge, np.float32), room)
+            found = self.entries_above(x, np.full(self.sae.config.d_sae, edge, np.float32))
             if len(found.values) > wanted or edge == 0:
                 break
             share *= 2
@@ -112,7 +107,7 @@ class OwnThresholdStep(ThresholdStep):
     def select(self, x: Tensor, number: int) -> Fired:
         """All entries above the edge."""
         edge = self.own.edge().expand(self.sae.config.d_sae).contiguous().numpy()
-        return self.entries_above(x, edge, int(2 * DENSE_SHARE * self.sae.config.d_sae * CHUNK_ROWS))
+        return self.entries_above(x, edge)
 
 
 class ReLUStep(OwnThresholdStep):
@@ -177,8 +172,3 @@ class JumpReLUStep(OwnThresholdStep):
         assert self.own.threshold.grad is not None and theta.grad is not None
         self.own.threshold.grad.index_add_(0, latents, theta.grad)
         return Extra.of(latents, F, enc.grad, None, bias.grad, self.at_input(shift))
-
-
-def _starts(counts: I64) -> I64:
-    """Where each row's entries begin, (n + 1,), from how many it has, (n,)."""
-    return np.concatenate([[0], np.cumsum(counts)])

@@ -48,6 +48,28 @@ def test_a_row_is_quantised_to_half_a_unit(shape: tuple[int, int, int, int]) -> 
     assert (np.abs(x - rough * scale[:, None]) <= 0.5001 * scale[:, None]).all()
 
 
+def _entries(
+    rough: np.ndarray,
+    x: np.ndarray,
+    W: np.ndarray,
+    b: np.ndarray,
+    edge: np.ndarray,
+    wanted: int,
+    slack: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Candidates by a rough x Wᵀ, in fine units, with exact pre-activations."""
+    n, F = rough.shape
+    product, unit = np.rint(rough * 2.0**20).astype(np.int32), np.full(F, 2.0**-20, np.float32)
+    starts, latents = np.empty(n + 1, np.int64), np.empty(2 * n * F + F, np.int32)
+    given = (product, np.ones(n, np.float32), unit, b - edge, wanted, slack.astype(np.float32), starts)
+    found = loops.candidates(*given, latents)
+    assert found == starts[-1]
+    assert not found or loops.candidates(*given, latents[: found - 1]) == -1
+    values = np.empty(found, np.float32)
+    loops.pre_activations(x, W, b, starts, latents[:found], values)
+    return starts, latents[:found], values
+
+
 @given(SHAPES, st.integers(1, 12), st.sampled_from(["normal", "ties", "sorted"]))
 @settings(max_examples=80, deadline=None)
 def test_the_screened_top_k_is_the_top_k(shape: tuple[int, int, int, int], k: int, kind: str) -> None:
@@ -59,14 +81,12 @@ def test_the_screened_top_k_is_the_top_k(shape: tuple[int, int, int, int], k: in
     elif kind == "sorted":
         W[:] = np.linspace(-1, 1, F, dtype=np.float32)[:, None]
     exact = (x @ W.T + b).astype(np.float32)
-    # A product in units so fine that the screen is as good as exact, or one that is off by half the slack.
     off = _normal(seed + 3, n, F)
     for error in (0.0, 0.2):
-        product, unit = np.rint((exact - b + error * off) * 2.0**20), np.full(F, 2.0**-20, np.float32)
-        slack = (2 * error * np.abs(off).max(axis=1) + 1e-4).astype(np.float32)
+        slack = 2 * error * np.abs(off).max(axis=1) + 1e-4
+        entries = _entries(exact - b + error * off, x, W, b, np.zeros_like(b), k, slack)
         latents, values = np.empty((n, k), np.int32), np.empty((n, k), np.float32)
-        rows = np.ones(n, np.float32)
-        loops.top_k_screened(product.astype(np.int32), rows, unit, x, W, b, slack, latents, values)
+        loops.best_entries(*entries, latents, values)
         wanted, best = reference.top_k(*map(torch.from_numpy, (x, W, b)), k)
         np.testing.assert_allclose(np.sort(values)[:, ::-1], best.numpy(), rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(np.take_along_axis(exact, latents, 1), values, rtol=1e-4, atol=1e-4)
@@ -98,21 +118,30 @@ def test_entries_above_an_edge(shape: tuple[int, int, int, int], level: float) -
     edge = np.full(F, level, np.float32) + 0.1 * _normal(seed + 3, F)
     exact = x @ W.T + b
     off = 0.2 * _normal(seed + 4, n, F)  # how wrong the rough product is, within the slack
-    product = np.rint((x @ W.T + off) * 2.0**20).astype(np.int32)
-    rows, unit = np.ones(n, np.float32), np.full(F, 2.0**-20, np.float32)
-    counts, latents, values = np.empty(n, np.int64), np.empty(n * F, np.int32), np.empty(n * F, np.float32)
-    slack = np.abs(off).max(axis=1).astype(np.float32) + np.float32(1e-4)
-    given = (product, rows, unit, x, W, b, edge, slack, counts)
-    found = loops.above_screened(*given, latents, values)
-    row, wanted = np.nonzero(exact > edge)
-    near = np.abs(exact - edge).min() < 1e-4  # rounding may decide there
-    if not near:
-        assert found == len(wanted) and latents[:found].tolist() == wanted.tolist()
-        assert counts.tolist() == np.bincount(row, minlength=n).tolist()
-        np.testing.assert_allclose(values[:found], exact[row, wanted], rtol=1e-4, atol=1e-4)
-        assert loops.above_screened(*given, latents[:found], values[:found]) == found
-        if found:
-            assert loops.above_screened(*given, latents[: found - 1], values[: found - 1]) == -1
+    starts, latents, values = _entries(x @ W.T + off, x, W, b, edge, 0, np.abs(off).max(axis=1) + 1e-4)
+    rows = np.repeat(np.arange(n), np.diff(starts))
+    np.testing.assert_allclose(values, exact[rows, latents], rtol=1e-4, atol=1e-4)
+    assert (np.diff(rows * F + latents) > 0).all()  # row after row, rising
+    assert set(zip(*np.nonzero(exact > edge + 1e-4), strict=True)) <= set(zip(rows, latents, strict=True))
+
+
+def test_a_screen_makes_room_for_rows_where_all_is_equal() -> None:
+    F = 2000
+    screen = Screen(np.ones((F, 16), np.float32), np.zeros(F, np.float32))
+    x, latents, values = torch.ones(64, 16), np.empty((64, 3), np.int32), np.empty((64, 3), np.float32)
+    room = screen.room
+    screen.top_k(x, latents, values)
+    assert (values == 16).all() and all(len(set(row)) == 3 for row in latents.tolist()) and screen.room > room
+    starts, found, exact = screen.above(x, np.full(F, 15, np.float32))
+    assert starts.tolist() == [F * i for i in range(65)] and (exact == 16).all()
+    assert found.tolist() == list(range(F)) * 64
+
+
+def test_a_row_that_is_not_a_number_has_no_codes() -> None:
+    entries = (np.array([0, 0, 2]), np.array([4, 7], np.int32), np.array([1, 2], np.float32))
+    latents, values = np.empty((2, 2), np.int32), np.empty((2, 2), np.float32)
+    loops.best_entries(*entries, latents, values)
+    assert np.isnan(values[0]).all() and sorted(values[1]) == [1, 2] and sorted(latents[1]) == [4, 7]
 
 
 @given(SHAPES, st.integers(1, 8), st.integers(1, 3))
@@ -198,8 +227,8 @@ def test_the_update(shape: tuple[int, int, int, int], k: int) -> None:
     length = np.empty(F, np.float32)
     for begin, end in ((0, F // 3), (F // 3, F)):
         loops.update(
-        begin, end, *lists, extra, more[0], more[1], W_enc, W_dec, *moments, d_bias, back, shadow, unit, length,
-        0.01 / (1 - 0.9**3), 1 / (1 - 0.999**3), 0.9, 0.999, 1e-8,
+        begin, end, *lists, extra, more[0], more[1], W_enc, W_dec, *moments, d_bias, back,
+        shadow, unit, length, 0.01 / (1 - 0.9**3), 1 / (1 - 0.999**3), 0.9, 0.999, 1e-8,
     )  # fmt: skip
     np.testing.assert_allclose(d_bias, bias, rtol=1e-3, atol=1e-4)
     found = (W_enc, W_dec, *moments)
@@ -229,8 +258,6 @@ def test_every_width_is_searched_to_its_end(size: int) -> None:
         W = np.zeros((size, 1), np.float32)
         W[at] = 5
         latents, values = np.empty((1, 1), np.int32), np.empty((1, 1), np.float32)
-        product = W.T.astype(np.int32).copy()
-        ones = np.ones(size, np.float32)
-        none = np.zeros(1, np.float32)
-        loops.top_k_screened(product, np.ones(1, np.float32), ones, x, W, bias, none, latents, values)
+        entries = _entries(W.T, x, W, bias, np.zeros_like(bias), 1, np.zeros(1))
+        loops.best_entries(*entries, latents, values)
         assert latents[0, 0] == at and values[0, 0] == 5

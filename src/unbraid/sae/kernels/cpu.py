@@ -113,7 +113,7 @@ class Screen:
         self.kind: Precision = "float32" if d < NARROW else kind or precision()
         self.shadow = torch.empty(F, d, dtype=torch.int8)
         self.unit, self.length = np.ones(F, np.float32), np.empty(F, np.float32)
-        self.local = threading.local()
+        self.local, self.room = threading.local(), 128 * CHUNK_ROWS
         edges = np.linspace(0, F, PARTS + 1).astype(np.int64)
         side_by_side(lambda part: self.refresh(edges[part], edges[part + 1]), range(PARTS))
 
@@ -124,23 +124,29 @@ class Screen:
 
     def top_k(self, x: Tensor, latents: I32, values: F32) -> None:
         """Fill latents and values (m, k) with the k largest pre-activations of x (m, d), m ≤ CHUNK_ROWS."""
-        product, scale, unit, slack = self.product(x)
-        loops.top_k_screened(
-            product.numpy(), scale, unit, x.numpy(), self.W_enc, self.b_enc, slack, latents, values
-        )
+        loops.best_entries(*self.entries(x, self.b_enc, latents.shape[1]), latents, values)
 
-    def above(self, x: Tensor, edge: F32, room: int) -> tuple[I64, I32, F32] | None:
-        """Entries of x (m, d), m ≤ CHUNK_ROWS, whose pre-activation exceeds edge (F,): how many each row has
-        (m,), their latents, rising in each row, and values; None where there are more than `room`.
+    def above(self, x: Tensor, edge: F32) -> tuple[I64, I32, F32]:
+        """Entries of x (m, d), m ≤ CHUNK_ROWS, whose pre-activation exceeds edge (F,): where each row's begin
+        (m + 1,), their latents, rising in each row, and values.
         """
+        starts, latents, values = self.entries(x, self.b_enc - edge, 0)
+        kept = values > edge[latents]
+        return np.concatenate([[0], np.cumsum(kept)])[starts], latents[kept], values[kept]
+
+    def entries(self, x: Tensor, bias: F32, wanted: int) -> tuple[I64, I32, F32]:
+        """The candidates of `loops.candidates`, with exact pre-activations."""
         product, scale, unit, slack = self.product(x)
-        counts, latents = np.empty(len(x), np.int64), np.empty(room, np.int32)
-        values = np.empty(room, np.float32)
-        found = loops.above_screened(
-            product.numpy(), scale, unit, x.numpy(), self.W_enc, self.b_enc, edge, slack,
-            counts, latents, values,
-        )  # fmt: skip
-        return None if found < 0 else (counts, latents[:found], values[:found])
+        starts = np.empty(len(x) + 1, np.int64)
+        while True:
+            latents = np.empty(self.room, np.int32)
+            found = loops.candidates(product.numpy(), scale, unit, bias, wanted, slack, starts, latents)
+            if found >= 0:
+                break
+            self.room *= 2
+        latents, values = latents[:found], np.empty(found, np.float32)
+        loops.pre_activations(x.numpy(), self.W_enc, self.b_enc, starts, latents, values)
+        return starts, latents, values
 
     def product(self, x: Tensor) -> tuple[Tensor, F32, F32, F32]:
         """Roughly x W_encᵀ, (m, F), its units, one for each row (m,) times one for each latent (F,), and by

@@ -95,18 +95,6 @@ def _partition(keys: F32, tags: I32, low: int, high: int, wanted: int) -> None:
 
 
 @_compiled
-def _at(which: I32, s: int) -> int:
-    """which[s], or the last."""
-    return which[min(s, len(which) - 1)]
-
-
-@_compiled
-def _weight(weights: F32, s: int) -> np.float32:
-    """weights[s], or 0 beyond the last."""
-    return weights[s] if s < len(weights) else np.float32(0)
-
-
-@_compiled
 def _eight_dots(
     x: F32, a: F32, b: F32, c: F32, d: F32, e: F32, f: F32, g: F32, h: F32
 ) -> tuple[np.float32, ...]:
@@ -126,18 +114,30 @@ def _eight_dots(
 
 @_compiled
 def _dots(x: F32, table: F32, which: I32, out: F32) -> None:
-    """out[s] = x · table[which[s]]. Eight at once, so that their rows come from memory together; where fewer
-    are left, the last is taken again.
-    """
-    many = len(which)
-    for s in range(0, many, 8):
-        a, b, c, d = which[s], _at(which, s + 1), _at(which, s + 2), _at(which, s + 3)
-        e, f, g, h = _at(which, s + 4), _at(which, s + 5), _at(which, s + 6), _at(which, s + 7)
-        some = _eight_dots(
-            x, table[a], table[b], table[c], table[d], table[e], table[f], table[g], table[h]
-        )  # fmt: skip
-        for t in range(min(8, many - s)):
+    """out[s] = x · table[which[s]]. Eight at once, so that their rows come from memory together."""
+    s = 0
+    while s + 8 <= len(which):
+        a, b, c, d = which[s], which[s + 1], which[s + 2], which[s + 3]
+        e, f, g, h = which[s + 4], which[s + 5], which[s + 6], which[s + 7]
+        some = _eight_dots(x, table[a], table[b], table[c], table[d], table[e], table[f], table[g], table[h])
+        for t in range(8):
             out[s + t] = some[t]
+        s += 8
+    while s < len(which):
+        out[s] = _dot(x, table[which[s]])
+        s += 1
+
+
+@_compiled
+def _at(which: I32, s: int) -> int:
+    """which[s], or the last."""
+    return which[min(s, len(which) - 1)]
+
+
+@_compiled
+def _weight(weights: F32, s: int) -> np.float32:
+    """weights[s], or 0 beyond the last."""
+    return weights[s] if s < len(weights) else np.float32(0)
 
 
 @_compiled
@@ -153,7 +153,9 @@ def _add_eight(
 
 @_compiled
 def _add_rows(weights: F32, which: I32, table: F32, out: F32) -> None:
-    """out += Σ weights[s] · table[which[s]], both of one length. Eight at once, as in `_dots`."""
+    """out += Σ weights[s] · table[which[s]], both of one length. Eight at once, as in `_dots`; where fewer
+    are left, the last is taken again with weight 0.
+    """
     for s in range(0, len(which), 8):
         a, b, c, d = which[s], _at(which, s + 1), _at(which, s + 2), _at(which, s + 3)
         e, f, g, h = _at(which, s + 4), _at(which, s + 5), _at(which, s + 6), _at(which, s + 7)
@@ -214,128 +216,122 @@ def _maxima(
 
 
 @_compiled
-def _collect(
-    product: I32, scale: F32, bias: F32, unit: np.float32, best: F32, bar: np.float32, near: I32, tags: I32
-) -> int:
-    """Write into tags, rising, which latents' scores reach the bar; returns how many. Only groups whose best
-    does are looked at. near: room for all groups, tags: for all latents.
-    """
-    F, groups = len(product), len(best)
-    many = 0
-    for g in range(groups):
-        near[many] = g
-        many += best[g] >= bar
-    found = 0
-    for offset in range(0, F, groups):
-        for m in range(many):
-            j = offset + near[m]
-            if j < F and _score(product[j], scale[j], bias[j], unit) >= bar:
-                tags[found] = j
-                found += 1
-    return found
-
-
-@_compiled
-def top_k_screened(
+def candidates(
     product: I32,
     row_scale: F32,
     latent_scale: F32,
-    x: F32,
-    W: F32,
     bias: F32,
+    wanted: int,
     slack: F32,
+    starts: I64,
     latents: I32,
-    values: F32,
-) -> None:
-    """The k largest pre-activations of each row, looked for by a rough product that may put two of them in
-    the wrong order where they differ by less than slack (n,).
+) -> int:
+    """Latents that may be among the `wanted` largest pre-activations of each row, or that may exceed 0 where
+    `wanted` is 0, by a rough product: slack (n,) says how far apart two of a row must be to be in the right
+    order.
 
     product: (n, F) int32 products of quantised rows and latents; row_scale (n,) and latent_scale (F,) give
-    their units. x: (n, d), W: (F, d), bias: (F,) are exact. latents and values: (n, k), filled; values of a
-    row with NaN are NaN. A row is cut into strided groups: what k of their maxima reach, at least k latents
-    reach, so that only those within the slack of it have to be computed.
+    their units, bias (F,) is added. Written row after row, rising, into latents, row i's at
+    starts[i]:starts[i + 1]. Returns how many, or −1 where there is no room. A row is cut into strided groups:
+    what as many of their maxima reach as are wanted, at least as many latents reach.
     """
     n, F = product.shape
-    k = latents.shape[1]
-    groups = max(F // 32, min(F, 2 * k))
-    best, units = np.empty((2, groups), np.float32), np.float32(1) / row_scale
-    near, tags, keys = np.empty(groups, np.int32), np.empty(F, np.int32), np.empty(F, np.float32)
+    groups = max(F // 16, min(F, 2 * wanted), 1)
+    best, units, near = (
+        np.empty((2, groups), np.float32),
+        np.float32(1) / row_scale,
+        np.empty(groups, np.int32),
+    )
+    found = 0
+    starts[0] = 0
     for i in range(n):
         unit, mine = units[i], best[i % 2]
         if i % 2 == 0:
             o = min(i + 1, n - 1)
             _maxima(product[i], product[o], latent_scale, bias, unit, units[o], best[0], best[1])
-        bar = _bar(mine, k)
+        bar = _bar(mine, wanted) if wanted else np.float32(0)
         bar -= slack[i] * unit + np.float32(1e-6) * abs(bar)  # what is added: a score may be rounded twice
-        found = _collect(product[i], latent_scale, bias, unit, mine, bar, near, tags)
-        if found < k:
-            latents[i] = np.arange(k)
-            values[i] = np.nan
-            continue
-        _dots(x[i], W, tags[:found], keys[:found])
-        for c in range(found):
-            keys[c] += bias[tags[c]]
-        bar, kept = _bar(keys[:found], k), 0
-        for c in range(found):
-            kept += keys[c] >= bar
-        if kept != k:  # ties, or NaN
-            _partition(keys, tags, 0, found, k)
-            latents[i] = tags[:k]
-            values[i] = keys[:k]
-            continue
-        kept = 0
-        for c in range(found):
-            if keys[c] >= bar:
-                latents[i, kept] = tags[c]
-                values[i, kept] = keys[c]
-                kept += 1
+        many = 0
+        for g in range(groups):
+            near[many] = g
+            many += mine[g] >= bar
+        if found + many * (F // groups + 1) > len(latents):
+            return -1
+        for offset in range(0, F, groups):
+            for c in range(many):
+                j = offset + near[c]
+                if j < F and _score(product[i, j], latent_scale[j], bias[j], unit) >= bar:
+                    latents[found] = j
+                    found += 1
+        starts[i + 1] = found
+    return found
 
 
 @_compiled
-def above_screened(
-    product: I32,
-    row_scale: F32,
-    latent_scale: F32,
-    x: F32,
-    W: F32,
-    bias: F32,
-    edge: F32,
-    slack: F32,
-    counts: I64,
-    latents: I32,
-    values: F32,
-) -> int:
-    """The entries whose pre-activation exceeds edge (F,), looked for by a rough product that may be off by
-    slack (n,) in each row; other arguments as in `top_k_screened`.
+def group_by_latent(starts: I64, latents: I32, values: F32, first: I64, rows: I32, entries: I32) -> None:
+    """Lists of the entries of each latent, in the order of the rows; entries of value 0 are left out.
 
-    Writes them row after row, latents rising, into latents and values (both of one length), and how many
-    each row has into counts (n,). Returns their number, or −1 where they do not fit.
+    Latent j's stand at first[j]:first[j + 1]; rows says which row each belongs to, entries where it is in
+    `latents`. first: (F + 1,), rows and entries: as long as latents.
     """
-    n, F = product.shape
-    groups = max(F // 32, 1)
-    best, units = np.empty((2, groups), np.float32), np.float32(1) / row_scale
-    near, tags, exact = np.empty(groups, np.int32), np.empty(F, np.int32), np.empty(F, np.float32)
-    below = bias - edge
-    found = 0
+    F = len(first) - 1
+    first[:] = 0
+    for e in range(len(latents)):
+        if values[e] != 0:
+            first[latents[e] + 1] += 1
+    for j in range(F):
+        first[j + 1] += first[j]
+    place = first[:F].copy()
+    for i in range(len(starts) - 1):
+        for e in range(starts[i], starts[i + 1]):
+            if values[e] != 0:
+                p = place[latents[e]]
+                place[latents[e]] += 1
+                rows[p] = i
+                entries[p] = e
+
+
+@_compiled
+def pre_activations(x: F32, W: F32, bias: F32, starts: I64, latents: I32, out: F32) -> None:
+    """out[e] = x[row] · W[latent] + bias[latent] of every entry; x: (n, d), W: (F, d), bias: (F,).
+
+    Latent after latent, so that each row of W is read once; x is what should fit into a core's own cache.
+    """
+    first, some = np.empty(len(W) + 1, np.int64), np.ones(len(latents), np.float32)
+    rows, entries = np.empty(len(latents), np.int32), np.empty(len(latents), np.int32)
+    group_by_latent(starts, latents, some, first, rows, entries)
+    for j in range(len(W)):
+        mine = slice(first[j], first[j + 1])
+        if first[j] < first[j + 1]:
+            _dots(W[j], x, rows[mine], some[: len(rows[mine])])
+            for p, e in enumerate(entries[mine]):
+                out[e] = some[p] + bias[j]
+
+
+@_compiled
+def best_entries(starts: I64, latents: I32, keys: F32, chosen: I32, values: F32) -> None:
+    """The k entries of each row that have the largest keys: chosen and values (n, k), filled. A row with too
+    few entries holds NaN; its values are NaN. latents and keys are reordered.
+    """
+    n, k = chosen.shape
     for i in range(n):
-        unit, mine = units[i], best[i % 2]
-        if i % 2 == 0:
-            o = min(i + 1, n - 1)
-            _maxima(product[i], product[o], latent_scale, below, unit, units[o], best[0], best[1])
-        candidates = _collect(product[i], latent_scale, below, unit, mine, -slack[i] * unit, near, tags)
-        _dots(x[i], W, tags[:candidates], exact[:candidates])
-        for c in range(candidates):
-            exact[c] += bias[tags[c]]
-        start = found
-        for c in range(candidates):
-            if exact[c] > edge[tags[c]]:
-                if found == len(latents):
-                    return -1
-                latents[found] = tags[c]
-                values[found] = exact[c]
-                found += 1
-        counts[i] = found - start
-    return found
+        mine, row = keys[starts[i] : starts[i + 1]], latents[starts[i] : starts[i + 1]]
+        if len(mine) < k:
+            chosen[i] = np.arange(k)
+            values[i] = np.nan
+            continue
+        bar, reach = _bar(mine, k), 0
+        for key in mine:
+            reach += key >= bar
+        if reach == k:
+            kept = 0
+            for c in range(len(mine)):
+                if mine[c] >= bar:
+                    chosen[i, kept], values[i, kept] = row[c], mine[c]
+                    kept += 1
+        else:  # ties, or NaN
+            _partition(mine, row, 0, len(mine), k)
+            chosen[i], values[i] = row[:k], mine[:k]
 
 
 @_compiled
@@ -429,30 +425,6 @@ def decode_and_compare(
             done = until
         for e in range(begin, end):
             gradient[e] *= np.float32(scale)
-
-
-@_compiled
-def group_by_latent(starts: I64, latents: I32, values: F32, first: I64, rows: I32, entries: I32) -> None:
-    """Lists of the entries of each latent, in the order of the rows; entries of value 0 are left out.
-
-    Latent j's stand at first[j]:first[j + 1]; rows says which row each belongs to, entries where it is in
-    `latents`. first: (F + 1,), rows and entries: as long as latents.
-    """
-    F = len(first) - 1
-    first[:] = 0
-    for e in range(len(latents)):
-        if values[e] != 0:
-            first[latents[e] + 1] += 1
-    for j in range(F):
-        first[j + 1] += first[j]
-    place = first[:F].copy()
-    for i in range(len(starts) - 1):
-        for e in range(starts[i], starts[i + 1]):
-            if values[e] != 0:
-                p = place[latents[e]]
-                place[latents[e]] += 1
-                rows[p] = i
-                entries[p] = e
 
 
 @_compiled
