@@ -3,13 +3,14 @@
     make bench NAME=training JSON=out.json
     python benchmarks/training.py --work topk jumprelu --rounds 5     # a part of it
 
-Each tool lives in a process of its own, with its own interpreter; all read the same synthetic activations in
-the same order and take turns, `--steps` steps at a time, so that whatever else the machine does meets all of
-them alike. Only ratios inside one run mean something. Afterwards every autoencoder is measured here, by the
-same code, on activations that none was trained on: fraction of variance unexplained, L0, and the share of
-latents that never fired there. The first round of each tool is not counted.
+Each tool lives in a process of its own, with its own interpreter, and begins as it does by itself; all read
+the same synthetic activations in the same order and take turns, `--steps` steps at a time, so that whatever
+else the machine does meets all of them alike. Only ratios inside one run mean something. Afterwards every
+autoencoder is measured here, by the same code, on activations that none was trained on: fraction of variance
+unexplained, L0, and the share of latents that never fired there. The first round of each tool is not counted.
 
-ReLU and JumpReLU begin where k latents fire, since they would need thousands of steps to get there.
+ReLU and JumpReLU begin with unit rows where k latents fire, in every tool, since they would need thousands of
+steps to get there.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from workers import initial
+from workers import unit_rows
 
 WORK = {
     "topk": ("topk", 512, 8192),
@@ -66,10 +67,8 @@ def synthetic(n: int, d: int, features: int, seed: int) -> np.ndarray:
 
 
 def level(settings: dict[str, Any], x: torch.Tensor) -> float:
-    """The pre-activation that k latents of an activation exceed with the weights that all start from: where
-    ReLU and JumpReLU begin, since they would need thousands of steps to get there from everything active.
-    """
-    pre = x @ initial(settings).T
+    """The pre-activation that k latents of an activation exceed where ReLU and JumpReLU begin."""
+    pre = x @ unit_rows(settings).T
     return float(pre.topk(settings["k"], dim=1).values[:, -1].mean())
 
 
@@ -145,7 +144,7 @@ def compare(settings: dict[str, Any], tools: dict[str, str], rounds: int, steps:
         folder = Path(name)
         n = settings["batch"] * min(rounds * steps, 100)
         x = synthetic(n + HELD_OUT, settings["d"], 2 * settings["width"], settings["seed"])
-        np.save(folder / "x.npy", x[:n])
+        x[:n].tofile(folder / "x.bin")
         settings = settings | {"level": level(settings, torch.from_numpy(x[:1024]))}
         (folder / "settings.json").write_text(json.dumps(settings))
         held_out = torch.from_numpy(x[n:].copy())

@@ -2,7 +2,8 @@
 
 A worker reads one request a line and answers with one: {"steps": 3} trains three steps and gives their
 times, {"finish": true} writes the weights (W_enc (d, F), b_enc, W_dec (F, d), b_dec) and gives the peak
-memory. It calls the tool's own training step; only what a tool leaves to its caller is written here.
+memory. It calls the tool's own training step on weights that the tool itself begins with; only what a tool
+leaves to its caller is written here.
 """
 
 from __future__ import annotations
@@ -23,11 +24,19 @@ Step = Callable[[torch.Tensor], None]
 Weights = Callable[[], dict[str, torch.Tensor]]
 
 
-def initial(s: dict[str, Any]) -> torch.Tensor:
-    """Unit decoder rows that every tool starts from, (F, d)."""
-    generator = torch.Generator().manual_seed(s["seed"])
-    rows = torch.randn(s["width"], s["d"], generator=generator)
+def unit_rows(s: dict[str, Any]) -> torch.Tensor:
+    """What ReLU and JumpReLU start from, (F, d), in every tool: they would need thousands of steps to become
+    sparse from where they begin by themselves.
+    """
+    rows = torch.randn(s["width"], s["d"], generator=torch.Generator().manual_seed(s["seed"]))
     return rows / rows.norm(dim=1, keepdim=True)
+
+
+def read(folder: Path, s: dict[str, Any], at: int) -> torch.Tensor:
+    """A batch of activations from row `at` on, (batch, d). Not mapped: mapped pages count as memory used."""
+    size = s["batch"] * s["d"]
+    x = np.fromfile(folder / "x.bin", np.float32, size, offset=4 * s["d"] * at)
+    return torch.from_numpy(x.reshape(s["batch"], s["d"]))
 
 
 def nested(s: dict[str, Any]) -> list[int]:
@@ -47,12 +56,16 @@ def unbraid(s: dict[str, Any], kernels: str = "auto") -> tuple[Step, Weights]:
     options: dict[str, Any] = {
         "matryoshka": {"widths": tuple(nested(s))},
         "relu": {"l1": s["sparsity"]},
-        "jumprelu": {"l0": s["sparsity"], "bandwidth": s["bandwidth"], "start": s["level"]},
+        "jumprelu": {"l0": s["sparsity"], "bandwidth": s["bandwidth"]},
     }.get(arch, {})
     sae = build(SAEConfig(arch, s["d"], s["width"], 0 if own else s["k"], options=options))
     with torch.no_grad():
-        sae.W_dec.copy_(initial(s))
-        sae.W_enc.copy_(initial(s).T)
+        if own:
+            sae.W_dec.copy_(unit_rows(s))
+            sae.W_enc.copy_(unit_rows(s).T)
+        else:
+            x = read(Path(s["folder"]), s, 0)
+            sae.initialise(x, x, torch.Generator().manual_seed(s["seed"]))
         if arch == "jumprelu":
             sae.threshold.fill_(s["level"])
         elif arch == "relu":
@@ -98,11 +111,11 @@ def saelens(s: dict[str, Any]) -> tuple[Step, Weights]:
         ),
         "relu": lambda: StandardTrainingSAE(StandardTrainingSAEConfig(**size, l1_coefficient=s["sparsity"])),
     }[arch]()
-    with torch.no_grad():
-        sae.W_dec.copy_(initial(s))
-        sae.W_enc.copy_(initial(s).T)
-        sae.b_enc.fill_(-s["level"] if arch == "relu" else 0.0)
-        sae.b_dec.zero_()
+    if arch in ("relu", "jumprelu"):
+        with torch.no_grad():
+            sae.W_dec.copy_(unit_rows(s))
+            sae.W_enc.copy_(unit_rows(s).T)
+            sae.b_enc.fill_(-s["level"] if arch == "relu" else 0.0)
     config = SAETrainerConfig(
         total_training_samples=10**9, train_batch_size_samples=s["batch"], lr=s["lr"], lr_end=s["lr"],
         logger=LoggingConfig(log_to_wandb=False),
@@ -133,11 +146,7 @@ def dictionary_learning(s: dict[str, Any]) -> tuple[Step, Weights]:
         steps=10**6, activation_dim=s["d"], dict_size=s["width"], k=s["k"], layer=0, lm_name="none",
         lr=s["lr"], warmup_steps=0, device="cpu", seed=s["seed"],
     )  # fmt: skip
-    ae = trainer.ae
-    with torch.no_grad():
-        ae.decoder.weight.copy_(initial(s).T)
-        ae.encoder.weight.copy_(initial(s))
-    count = 0
+    ae, count = trainer.ae, 0
 
     def step(x: torch.Tensor) -> None:
         nonlocal count
@@ -155,9 +164,6 @@ def sparsify(s: dict[str, Any]) -> tuple[Step, Weights]:
     from sparsify import SparseCoder, SparseCoderConfig
 
     sae = SparseCoder(s["d"], SparseCoderConfig(num_latents=s["width"], k=s["k"]), device="cpu")
-    with torch.no_grad():
-        sae.W_dec.copy_(initial(s))
-        sae.encoder.weight.copy_(initial(s))
     adam = torch.optim.Adam(sae.parameters(), lr=s["lr"])
 
     def step(x: torch.Tensor) -> None:
@@ -189,12 +195,13 @@ TOOLS: dict[str, Callable[[dict[str, Any]], tuple[Step, Weights]]] = {
 def main() -> None:
     tool, folder = sys.argv[1], Path(sys.argv[2])
     settings = json.loads((folder / "settings.json").read_text())
+    settings["folder"] = str(folder)
     torch.set_num_threads(settings["threads"])
+    torch.manual_seed(settings["seed"])
     answers = sys.stdout
     sys.stdout = sys.stderr  # whatever a tool prints is no answer
     step, weights = TOOLS[tool](settings)
-    x = np.load(folder / "x.npy", mmap_mode="r")
-    batch, at = settings["batch"], 0
+    at, n = 0, (folder / "x.bin").stat().st_size // (4 * settings["d"])
     for line in sys.stdin:
         request = json.loads(line)
         if request.get("finish"):
@@ -204,8 +211,8 @@ def main() -> None:
             return
         times = []
         for _ in range(request["steps"]):
-            rows = torch.from_numpy(np.array(x[at : at + batch]))
-            at = (at + batch) % len(x)
+            rows = read(folder, settings, at)
+            at = (at + settings["batch"]) % n
             started = time.perf_counter()
             step(rows)
             times.append(1000 * (time.perf_counter() - started))

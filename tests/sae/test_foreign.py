@@ -270,6 +270,23 @@ CASES = {
         "relu",
         PLAIN.relu(),
     ),
+    "dictionary gated": _case(
+        "dictionary_learning",
+        lambda f: _dictionary(
+            f,
+            "GatedAutoEncoder",
+            {
+                "encoder.weight": P["E"].T,
+                "decoder.weight": P["W"].T,
+                "decoder_bias": P["b"],
+                "gate_bias": P["e"],
+                "r_mag": P["t"],
+                "mag_bias": -P["t"],
+            },
+        ),
+        "gated",
+        ((CENTRED - P["e"]) * P["t"].exp() - P["t"]).relu() * (CENTRED > 0),
+    ),
     "gemma scope": _case(
         "Gemma Scope",
         lambda f: _put(
@@ -345,7 +362,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "sparsify transcoder": (lambda f: _sparsify(f, transcode=True), "transcode"),
     "sparsify skip": (lambda f: _sparsify(f, skip_connection=True), "skip"),
     "sparsify groupmax": (lambda f: _sparsify(f, activation="groupmax"), "'groupmax'"),
-    "dictionary gated": (lambda f: _dictionary(f, "GatedAutoEncoder", LINEAR), "'GatedAutoEncoder'"),
+    "dictionary crosscoder": (lambda f: _dictionary(f, "CrossCoder", LINEAR), "'CrossCoder'"),
     "gemma scope 2 transcoder": (lambda f: _gemma2(f, hf_hook_point_out="elsewhere"), "transcoder"),
     "gemma scope 2 affine": (lambda f: _gemma2(f, affine_connection=True), "affine_connection"),
     "llama scope by token": (lambda f: _llama(f, norm_activation="token-wise"), "every token by itself"),

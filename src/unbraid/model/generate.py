@@ -14,7 +14,6 @@ from torch import Tensor
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.progress import Progress
 from unbraid.model.apply import Applied, applied
-from unbraid.model.cache import reserved_cache
 from unbraid.model.edits import Edit, EditCount
 from unbraid.model.load import LanguageModel, Message, positions
 
@@ -124,6 +123,9 @@ def _decode(
         mask[row, : width - len(prompt)] = 0
     ids, mask = ids.to(lm.device), mask.to(lm.device)
     places = positions(mask)
+    # Only here: transformers takes 17 MB and a second, and who trains an autoencoder needs none of it.
+    from unbraid.model.cache import reserved_cache
+
     cache = reserved_cache(lm.model.config, width + max_new_tokens)
     said: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # which prompt each row of the batch belongs to

@@ -71,6 +71,17 @@ DICTIONARY_LEARNING = Format(
         # Its own loader gives this one's decoder rows length 1.
         "AutoEncoder": Variant("relu", {**LINEAR, "b_dec": "bias"}, folds=(decoder_norms,)),
         "AutoEncoderNew": Variant("relu", LINEAR, centred=False),
+        "GatedAutoEncoder": Variant(
+            "gated",
+            {
+                "W_enc": "encoder.weight.T",
+                "b_enc": "gate_bias",
+                "r_mag": "r_mag",
+                "b_mag": "mag_bias",
+                "W_dec": "decoder.weight.T",
+                "b_dec": "decoder_bias",
+            },
+        ),
     },
     fields={
         "k": (Field("trainer.k"),),
