@@ -122,14 +122,7 @@ class CompiledStep(ABC):
         if self.error.shape[:2] != (nested, n):
             self.error, self.squared = np.empty((nested, n, d), np.float32), np.empty(n)
             self.centred = torch.empty(n, d)
-        centred, wanted = self.centred, cpu.array(target)
-
-        def centre(begin: int) -> None:
-            rows = slice(begin, begin + CHUNK_ROWS)
-            centred[rows] = sae.centred(x[rows]).detach()
-
-        cpu.side_by_side(centre, range(0, n, CHUNK_ROWS), self.threads)
-        fired = self.select(centred, number)
+        fired, wanted, centred = self.select(x, number), cpu.array(target), self.centred
         error, gradient = self.error, np.empty(len(fired.values), np.float32)
 
         def forward(begin: int) -> F32:
@@ -172,7 +165,13 @@ class CompiledStep(ABC):
 
     @abstractmethod
     def select(self, x: Tensor, number: int) -> Fired:
-        """The entries of a batch, x (n, d_in) being what W_enc multiplies."""
+        """The entries of a batch, x (n, d_in); fills `centred` by calling `centre` for all of it."""
+
+    def centre(self, x: Tensor, begin: int) -> Tensor:
+        """What W_enc multiplies of the chunk of rows that begins there, kept in `centred`."""
+        rows = slice(begin, begin + CHUNK_ROWS)
+        self.centred[rows] = self.sae.centred(x[rows]).detach()
+        return self.centred[rows]
 
     def finish_gradient(self, fired: Fired, gradient: F32, context: StepContext, numel: int) -> F32:
         """Add to the gradient of each entry's value what is not reconstruction; returns the codes."""
@@ -221,11 +220,11 @@ class TopKStep(CompiledStep):
 
         def some(begin: int) -> None:
             rows = slice(begin, begin + CHUNK_ROWS)
-            self.screen.top_k(x[rows], self.latents[rows], self.values[rows])
+            self.screen.top_k(self.centre(x, begin), self.latents[rows], self.values[rows])
 
         cpu.side_by_side(some, range(0, n, CHUNK_ROWS), self.threads)
         if number % CHECKED_EVERY == 1:
-            self._check_recall(x)
+            self._check_recall(self.centred)
         np.maximum(self.values, 0, out=self.values)
         return Fired(np.arange(n + 1) * k, self.latents.reshape(-1), self.values.reshape(-1))
 

@@ -36,7 +36,7 @@ class ThresholdStep(CompiledStep):
         """Entries of x (n, d) whose pre-activation exceeds edge (F,), values being pre-activations."""
 
         def some(begin: int) -> tuple[I64, I32, F32]:
-            return self.screen.above(x[begin : begin + CHUNK_ROWS], edge)
+            return self.screen.above(self.centre(x, begin), edge)
 
         parts = cpu.side_by_side(some, range(0, len(x), CHUNK_ROWS), self.threads)
         counts, latents, values = zip(*((np.diff(starts), *rest) for starts, *rest in parts), strict=True)
@@ -59,9 +59,12 @@ class BatchTopKStep(ThresholdStep):
     def select(self, x: Tensor, number: int) -> Fired:
         """The n·k largest entries of the batch, as far as they are positive."""
         wanted = len(x) * self.sae.config.k
-        sample, offer = self.sample(x), min(4 * self.sae.config.k, self.sae.config.d_sae)
+        sample, offer = (
+            self.sae.centred(self.sample(x)).detach(),
+            min(4 * self.sae.config.k, self.sae.config.d_sae),
+        )
         latents, values = np.empty((len(sample), offer), np.int32), np.empty((len(sample), offer), np.float32)
-        self.screen.top_k(sample.contiguous(), latents, values)
+        self.screen.top_k(sample, latents, values)
         typical, share = np.sort(values, axis=None)[::-1], SPARE
         while True:
             place = int(share * self.sae.config.k * len(sample))

@@ -52,21 +52,28 @@ def _entries(
     rough: np.ndarray,
     x: np.ndarray,
     W: np.ndarray,
-    b: np.ndarray,
+    b_enc: np.ndarray,
     edge: np.ndarray,
     wanted: int,
     slack: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Candidates by a rough x Wᵀ, in fine units, with exact pre-activations."""
-    n, F = rough.shape
-    product, unit = np.rint(rough * 2.0**20).astype(np.int32), np.full(F, 2.0**-20, np.float32)
-    starts, latents = np.empty(n + 1, np.int64), np.empty(2 * n * F + F, np.int32)
-    given = (product, np.ones(n, np.float32), unit, b - edge, wanted, slack.astype(np.float32), starts)
+    (n, F), width = rough.shape, 32
+    ones, unit = np.ones(n, np.float32), np.full(F, 2.0**-20, np.float32)
+    blocks = [np.rint(rough[:, j : j + width] * 2.0**20).astype(np.int32) for j in range(0, F, width)]
+    product = np.zeros((len(blocks), n, width), np.int32)
+    best = np.empty((len(blocks), n, max(4, 2 * wanted)), np.float32)
+    for b, (j, block) in enumerate(zip(range(0, F, width), blocks, strict=True)):
+        product[b, :, : block.shape[1]] = block
+        part = slice(j, j + width)
+        loops.group_maxima(block, ones, unit[part], (b_enc - edge)[part], best[b])
+    starts, latents = np.empty(n + 1, np.int64), np.empty(9 * n * F + 99, np.int32)
+    given = (product, best, ones, unit, b_enc - edge, wanted, slack.astype(np.float32), starts)
     found = loops.candidates(*given, latents)
     assert found == starts[-1]
     assert not found or loops.candidates(*given, latents[: found - 1]) == -1
     values = np.empty(found, np.float32)
-    loops.pre_activations(x, W, b, starts, latents[:found], values)
+    loops.pre_activations(x, W, b_enc, starts, latents[:found], values)
     return starts, latents[:found], values
 
 

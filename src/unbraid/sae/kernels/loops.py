@@ -194,32 +194,36 @@ def _score(product: np.int32, scale: np.float32, bias: np.float32, unit: np.floa
 
 
 @_compiled
-def _maxima(
-    p: I32, q: I32, scale: F32, bias: F32, unit_p: np.float32, unit_q: np.float32, best_p: F32, best_q: F32
-) -> None:
-    """The largest scores (see `_score`) of latents g, g + groups, … of two rows: best_p, best_q (groups,).
-    Two rows together, because scale and bias take as long to read as the products.
+def group_maxima(product: I32, units: F32, scale: F32, bias: F32, best: F32) -> None:
+    """The largest scores (see `_score`) of latents g, g + G, … in a block of m latents; best: (n, G).
+
+    product: (n, m), units: (n,), scale and bias: (m,). Rows two by two, because scale and bias take as long
+    to read as the products.
     """
-    F, groups = len(p), len(best_p)
-    for start in range(0, F, groups):
-        end = min(start + groups, F)
-        # Slices tell the compiler that everything is contiguous; a fourth of the time without them.
-        ps, qs, s, b = p[start:end], q[start:end], scale[start:end], bias[start:end]
-        one, two = best_p[: end - start], best_q[: end - start]
-        if start == 0:
-            one[:] = -np.inf
-            two[:] = -np.inf
-        for g in range(len(s)):
-            v, w = _score(ps[g], s[g], b[g], unit_p), _score(qs[g], s[g], b[g], unit_q)
-            one[g] = v if v > one[g] else one[g]
-            two[g] = w if w > two[g] else two[g]
+    n, m = product.shape
+    G = best.shape[1]
+    for i in range(0, n, 2):
+        o = min(i + 1, n - 1)
+        one, two = best[i], best[o]
+        one[:] = -np.inf
+        two[:] = -np.inf
+        for start in range(0, m, G):
+            end = min(start + G, m)
+            # Slices tell the compiler that everything is contiguous; a fourth of the time without them.
+            p, q, s, b = product[i, start:end], product[o, start:end], scale[start:end], bias[start:end]
+            x, y = one[: end - start], two[: end - start]
+            for g in range(len(s)):
+                v, w = _score(p[g], s[g], b[g], units[i]), _score(q[g], s[g], b[g], units[o])
+                x[g] = v if v > x[g] else x[g]
+                y[g] = w if w > y[g] else y[g]
 
 
 @_compiled
 def candidates(
     product: I32,
-    row_scale: F32,
-    latent_scale: F32,
+    best: F32,
+    units: F32,
+    scale: F32,
     bias: F32,
     wanted: int,
     slack: F32,
@@ -230,39 +234,37 @@ def candidates(
     `wanted` is 0, by a rough product: slack (n,) says how far apart two of a row must be to be in the right
     order.
 
-    product: (n, F) int32 products of quantised rows and latents; row_scale (n,) and latent_scale (F,) give
-    their units, bias (F,) is added. Written row after row, rising, into latents, row i's at
-    starts[i]:starts[i + 1]. Returns how many, or −1 where there is no room. A row is cut into strided groups:
-    what as many of their maxima reach as are wanted, at least as many latents reach.
+    product: (blocks, n or more, m) int32 products of quantised rows and latents, m latents a block; a row's
+    unit is 1 / units (n,), a latent's is scale (F,), and bias (F,) is added. best: (blocks, n or more, G),
+    their `group_maxima`. Written row after row, rising, into latents, row i's at starts[i]:starts[i + 1].
+    Returns how many, or −1 where there is no room. What as many maxima reach as are wanted, at least as many
+    latents reach.
     """
-    n, F = product.shape
-    groups = max(F // 16, min(F, 2 * wanted), 1)
-    best, units, near = (
-        np.empty((2, groups), np.float32),
-        np.float32(1) / row_scale,
-        np.empty(groups, np.int32),
-    )
+    (blocks, _, m), G, F = product.shape, best.shape[2], len(bias)
+    maxima, near = np.empty((blocks, G), np.float32), np.empty(G, np.int32)
     found = 0
     starts[0] = 0
-    for i in range(n):
-        unit, mine = units[i], best[i % 2]
-        if i % 2 == 0:
-            o = min(i + 1, n - 1)
-            _maxima(product[i], product[o], latent_scale, bias, unit, units[o], best[0], best[1])
-        bar = _bar(mine, wanted) if wanted else np.float32(0)
-        bar -= slack[i] * unit + np.float32(1e-6) * abs(bar)  # what is added: a score may be rounded twice
-        many = 0
-        for g in range(groups):
-            near[many] = g
-            many += mine[g] >= bar
-        if found + many * (F // groups + 1) > len(latents):
-            return -1
-        for offset in range(0, F, groups):
-            for c in range(many):
-                j = offset + near[c]
-                if j < F and _score(product[i, j], latent_scale[j], bias[j], unit) >= bar:
-                    latents[found] = j
-                    found += 1
+    for i in range(len(units)):
+        for b in range(blocks):
+            maxima[b] = best[b, i]
+        bar = _bar(maxima.reshape(blocks * G), wanted) if wanted else np.float32(0)
+        # What is added: a score may be rounded in two ways.
+        bar -= slack[i] * units[i] + np.float32(1e-6) * abs(bar)
+        for b in range(blocks):
+            mine, row, first = maxima[b], product[b, i], b * m
+            many = 0
+            for g in range(G):
+                near[many] = g
+                many += mine[g] >= bar
+            if found + many * (m // G + 1) > len(latents):
+                return -1
+            for offset in range(0, m if many else 0, G):
+                for c in range(many):
+                    at = offset + near[c]
+                    j = first + at
+                    if j < F and at < m and _score(row[at], scale[j], bias[j], units[i]) >= bar:
+                        latents[found] = j
+                        found += 1
         starts[i + 1] = found
     return found
 
