@@ -59,10 +59,8 @@ class BatchTopKStep(ThresholdStep):
     def select(self, x: Tensor, number: int) -> Fired:
         """The n·k largest entries of the batch, as far as they are positive."""
         wanted = len(x) * self.sae.config.k
-        sample, offer = (
-            self.sae.centred(self.sample(x)).detach(),
-            min(4 * self.sae.config.k, self.sae.config.d_sae),
-        )
+        sample = self.sae.centred(self.sample(x)).detach()
+        offer = min(4 * self.sae.config.k, self.sae.config.d_sae)
         latents, values = np.empty((len(sample), offer), np.int32), np.empty((len(sample), offer), np.float32)
         self.screen.top_k(sample, latents, values)
         typical, share = np.sort(values, axis=None)[::-1], SPARE

@@ -154,7 +154,7 @@ class Screen:
         else:
             scale, unit = np.ones_like(scale), np.ones_like(unit)
             slack = 1e-5 * length * norm
-        width, units = min(BLOCK, F), 1 / scale
+        width, units = min(BLOCK, F), np.float32(1) / scale
         product, best = self._room(width, min(width, max(width // GROUP, 2 * wanted, 1)))
         for b, j in enumerate(range(0, F, width)):
             block = slice(j, j + width)

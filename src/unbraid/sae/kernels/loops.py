@@ -261,7 +261,7 @@ def candidates(
             for offset in range(0, m if many else 0, G):
                 for c in range(many):
                     at = offset + near[c]
-                    j = first + at
+                    j: int = first + at
                     if j < F and at < m and _score(row[at], scale[j], bias[j], units[i]) >= bar:
                         latents[found] = j
                         found += 1
