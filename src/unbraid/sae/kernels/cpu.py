@@ -25,17 +25,12 @@ T = TypeVar("T")
 F32, I32, I64 = NDArray[np.float32], NDArray[np.int32], NDArray[np.int64]
 Precision = Literal["int8", "float32"]
 CHUNK_ROWS = 256
-"""Rows that are worked on at a time, by each thread."""
-BLOCK = 1024
-"""Latents whose products with them are computed at a time: few enough to be looked through before they leave
-a core's own cache."""
-GROUP = 16
-"""Latents of which at first only the largest product counts."""
+"""Rows whose dense products exist at the same time, for each thread."""
 NARROW = 16
 """Width below which the product is in float32: nothing is to gain, and torch 2.13 multiplies int8 matrices
 with an inner size of 1 wrongly where the second is transposed."""
 SIGMAS = 6.0
-"""Standard errors that the screen allows a rough product to be off."""
+"""Standard errors that the screen allows a rough product to be off, or two of them together."""
 PARTS = 64
 """Ranges of about equal work that the latents are split into."""
 ROW_COST = 6
@@ -133,7 +128,7 @@ class Screen:
 
     def above(self, x: Tensor, edge: F32) -> tuple[I64, I32, F32]:
         """Entries of x (m, d), m ≤ CHUNK_ROWS, whose pre-activation exceeds edge (F,): where each row's begin
-        (m + 1,), their latents, rising in each row, and values.
+        (m + 1,), their latents and values.
         """
         starts, latents, values = self.entries(x, self.b_enc - edge, 0)
         kept = values > edge[latents]
@@ -143,46 +138,34 @@ class Screen:
         """Those of x (m, d) that may be among the `wanted` largest of x W_encᵀ + bias in a row, or exceed 0
         there where `wanted` is 0, with exact pre-activations; the first two as in `loops.candidates`.
         """
-        (m, d), F = x.shape, len(bias)
+        m, d = x.shape
         scale, length = np.empty(m, np.float32), np.empty(m, np.float32)
         rough = torch.empty(m, d, dtype=torch.int8)
         loops.quantise_rows(x.numpy(), rough.numpy(), scale, length)
-        unit, norm = self.unit, self.length.max()
+        unit = self.unit
         if self.kind == "int8":
-            # Rounding to units of u is off by u/√12; the products' errors add up like independent ones.
-            slack = np.float32(SIGMAS) * np.sqrt(((scale * norm) ** 2 + (unit.max() * length) ** 2) / 12)
+            product = self._room()[:m]
+            torch._int_mm(rough, self.shadow.T, out=product)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
+            # Rounding to units of u is off by u/√12; errors of a product add up like independent ones. In
+            # units of the row, for the row that is longest in its own.
+            rounding = np.square(self.length) + np.square(unit * (length / scale).max())
+            off = np.float32(SIGMAS / (2 if wanted else 1)) * np.sqrt(rounding / np.float32(12))
         else:
-            scale, unit = np.ones_like(scale), np.ones_like(unit)
-            slack = 1e-5 * length * norm
-        width, units = min(BLOCK, F), np.float32(1) / scale
-        product, best = self._room(width, min(width, max(width // GROUP, 2 * wanted, 1)))
-        for b, j in enumerate(range(0, F, width)):
-            block = slice(j, j + width)
-            # Both operations want memory without gaps, which the last block may not have.
-            there = product[b, :m] if j + width <= F else product.new_empty(m, F - j)
-            if self.kind == "int8":
-                torch._int_mm(rough, self.shadow[block].T, out=there)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
-            else:
-                torch.mm(x, torch.from_numpy(self.W_enc[block]).T, out=there)
-            loops.group_maxima(there.numpy(), units, unit[block], bias[block], best[b])
-            if j + width > F:
-                product[b, :m, : F - j] = there
+            product, scale, unit = x @ torch.from_numpy(self.W_enc).T, np.ones_like(scale), np.ones_like(unit)
+            off = np.float32(1e-5) * length.max() * self.length
         starts = np.empty(m + 1, np.int64)
-        given = (product.numpy(), best, units, unit, bias, wanted, slack, starts)
+        given = (product.numpy(), np.float32(1) / scale, unit, bias, off, wanted, starts)
         while (found := loops.candidates(*given, latents := np.empty(self.room, np.int32))) < 0:
             self.room *= 2
         latents, values = latents[:found], np.empty(found, np.float32)
         loops.pre_activations(x.numpy(), self.W_enc, self.b_enc, starts, latents, values)
         return starts, latents, values
 
-    def _room(self, width: int, groups: int) -> tuple[Tensor, F32]:
-        """This thread's own products and maxima, kept: the pages of fresh ones cost more than their use."""
-        kept = getattr(self.local, "kept", None)
-        if kept is None or kept[1].shape[2] != groups:
-            blocks = -(-len(self.b_enc) // width)
-            dtype = torch.int32 if self.kind == "int8" else torch.float32
-            product = torch.empty(blocks, CHUNK_ROWS, width, dtype=dtype)
-            kept = self.local.kept = product, np.empty((blocks, CHUNK_ROWS, groups), np.float32)
+    def _room(self) -> Tensor:
+        """This thread's own (CHUNK_ROWS, F) int32, made once: a fresh one's pages cost more than its use."""
+        kept = getattr(self.local, "product", None)
+        if kept is None:
+            kept = self.local.product = torch.empty(CHUNK_ROWS, len(self.b_enc), dtype=torch.int32)
         return kept
 
 

@@ -26,6 +26,9 @@ I32 = NDArray[np.int32]
 I64 = NDArray[np.int64]
 I8 = NDArray[np.int8]
 
+LANES, DEPTH = 64, 16
+"""Latents of a row that are looked at side by side, and how many of them behind one another."""
+
 # Sums may be reordered and fused; NaN and infinity keep their meaning. A check for division by 0 would keep
 # loops from being vectorised.
 _MATH = {"reassoc", "contract", "nsz", "arcp"}
@@ -194,77 +197,88 @@ def _score(product: np.int32, scale: np.float32, bias: np.float32, unit: np.floa
 
 
 @_compiled
-def group_maxima(product: I32, units: F32, scale: F32, bias: F32, best: F32) -> None:
-    """The largest scores (see `_score`) of latents g, g + G, … in a block of m latents; best: (n, G).
+def _maxima(
+    p: I32,
+    q: I32,
+    up: np.float32,
+    uq: np.float32,
+    scale: F32,
+    bias: F32,
+    off: F32,
+    best_p: F32,
+    best_q: F32,
+    lanes: int,
+    depth: int,
+) -> None:
+    """What scores (see `_score`) of two rows are at least, the largest of each group; best: (groups,).
 
-    product: (n, m), units: (n,), scale and bias: (m,). Rows two by two, because scale and bias take as long
-    to read as the products.
+    Block after block of lanes · depth latents; latent l of a block is in its group l % lanes. Two rows
+    together, because what is known of a latent takes as long to read as the products.
     """
-    n, m = product.shape
-    G = best.shape[1]
-    for i in range(0, n, 2):
-        o = min(i + 1, n - 1)
-        one, two = best[i], best[o]
-        one[:] = -np.inf
-        two[:] = -np.inf
-        for start in range(0, m, G):
-            end = min(start + G, m)
-            # Slices tell the compiler that everything is contiguous; a fourth of the time without them.
-            p, q, s, b = product[i, start:end], product[o, start:end], scale[start:end], bias[start:end]
-            x, y = one[: end - start], two[: end - start]
-            for g in range(len(s)):
-                v, w = _score(p[g], s[g], b[g], units[i]), _score(q[g], s[g], b[g], units[o])
-                x[g] = v if v > x[g] else x[g]
-                y[g] = w if w > y[g] else y[g]
+    F = len(p)
+    best_p[:] = -np.inf
+    best_q[:] = -np.inf
+    for start in range(0, F, lanes):
+        end, group = min(start + lanes, F), start // (lanes * depth) * lanes
+        # Slices tell the compiler that everything is contiguous; a fourth of the time without them.
+        ps, qs, s, b, e = p[start:end], q[start:end], scale[start:end], bias[start:end], off[start:end]
+        x, y = best_p[group : group + end - start], best_q[group : group + end - start]
+        for g in range(len(s)):
+            v, w = _score(ps[g], s[g], b[g], up) - e[g], _score(qs[g], s[g], b[g], uq) - e[g]
+            x[g] = v if v > x[g] else x[g]
+            y[g] = w if w > y[g] else y[g]
 
 
 @_compiled
 def candidates(
-    product: I32,
-    best: F32,
-    units: F32,
-    scale: F32,
-    bias: F32,
-    wanted: int,
-    slack: F32,
-    starts: I64,
-    latents: I32,
-) -> int:
+    product: I32, units: F32, scale: F32, bias: F32, off: F32, wanted: int, starts: I64, latents: I32
+) -> int:  # fmt: skip
     """Latents that may be among the `wanted` largest pre-activations of each row, or that may exceed 0 where
-    `wanted` is 0, by a rough product: slack (n,) says how far apart two of a row must be to be in the right
-    order.
+    `wanted` is 0, by a rough product: off (F,) says how much each latent's score may be wrong.
 
-    product: (blocks, n or more, m) int32 products of quantised rows and latents, m latents a block; a row's
-    unit is 1 / units (n,), a latent's is scale (F,), and bias (F,) is added. best: (blocks, n or more, G),
-    their `group_maxima`. Written row after row, rising, into latents, row i's at starts[i]:starts[i + 1].
-    Returns how many, or −1 where there is no room. What as many maxima reach as are wanted, at least as many
-    latents reach.
+    product: (n, F) int32 products of quantised rows and latents; a row's unit is 1 / units (n,), a latent's
+    is scale (F,), and bias (F,) is added. Written row after row into latents, row i's at
+    starts[i]:starts[i + 1]. Returns how many, or −1 where there is no room. Latents are looked at in groups:
+    what the best of as many groups reach as are wanted, at least as many latents surely reach.
     """
-    (blocks, _, m), G, F = product.shape, best.shape[2], len(bias)
-    maxima, near = np.empty((blocks, G), np.float32), np.empty(G, np.int32)
+    n, F = product.shape
+    depth = DEPTH if 2 * DEPTH * wanted <= F else 1  # so that there are groups enough
+    lanes = min(LANES, -(-F // depth)) if depth > 1 else F
+    groups = -(-F // (lanes * depth)) * lanes
+    best, near = np.empty((2, groups), np.float32), np.empty(groups, np.int32)
+    doubt = np.zeros(groups, np.float32)  # between what a group's best may be at least and at most
+    # What is known of latents once more, group after group, so that a group's stands in few lines of memory.
+    scales, biases = np.zeros((groups, depth), np.float32), np.zeros((groups, depth), np.float32)
+    offs = np.full((groups, depth), -np.inf, np.float32)
+    for j in range(F):
+        g, t = j // (lanes * depth) * lanes + j % lanes, j // lanes % depth
+        scales[g, t], biases[g, t], offs[g, t] = scale[j], bias[j], off[j]
+        doubt[g] = max(doubt[g], 2 * off[j])
     found = 0
     starts[0] = 0
-    for i in range(len(units)):
-        for b in range(blocks):
-            maxima[b] = best[b, i]
-        bar = _bar(maxima.reshape(blocks * G), wanted) if wanted else np.float32(0)
-        # What is added: a score may be rounded in two ways.
-        bar -= slack[i] * units[i] + np.float32(1e-6) * abs(bar)
-        for b in range(blocks):
-            mine, row, first = maxima[b], product[b, i], b * m
-            many = 0
-            for g in range(G):
-                near[many] = g
-                many += mine[g] >= bar
-            if found + many * (m // G + 1) > len(latents):
-                return -1
-            for offset in range(0, m if many else 0, G):
-                for c in range(many):
-                    at = offset + near[c]
-                    j: int = first + at
-                    if j < F and at < m and _score(row[at], scale[j], bias[j], units[i]) >= bar:
-                        latents[found] = j
-                        found += 1
+    for i in range(n):
+        mine = best[i % 2]
+        if i % 2 == 0:
+            o = min(i + 1, n - 1)
+            _maxima(
+                product[i], product[o], units[i], units[o], scale, bias, off, best[0], best[1], lanes, depth
+            )
+        bar = _bar(mine, wanted) if wanted else np.float32(0)
+        bar -= np.float32(1e-6) * abs(bar)  # a score may be rounded in two ways
+        many = 0
+        for g in range(groups):
+            near[many] = g
+            many += mine[g] + doubt[g] >= bar
+        if found + many * depth > len(latents):
+            return -1
+        row = product[i]
+        for g in near[:many]:
+            j = g // lanes * lanes * depth + g % lanes
+            for t in range(depth):
+                latents[found] = j
+                score = _score(row[min(j, F - 1)], scales[g, t], biases[g, t], units[i])
+                found += score + offs[g, t] >= bar
+                j += lanes
         starts[i + 1] = found
     return found
 
@@ -363,11 +377,13 @@ def sums_by_latent(
 
 
 @_compiled
-def _until(latents: I32, begin: int, end: int, edge: int) -> int:
-    """The first place from begin on where a latent is not below the edge; end if none is."""
-    while begin < end and latents[begin] < edge:
-        begin += 1
-    return begin
+def _within(latents: I32, low: int, high: int, place: I64, which: I32) -> int:
+    """Which of the latents are low … high − 1, and where they stand; returns how many."""
+    many = 0
+    for e in range(len(latents)):
+        place[many], which[many] = e, latents[e]
+        many += low <= latents[e] < high
+    return many
 
 
 @_compiled
@@ -390,16 +406,20 @@ def decode_and_compare(
 
     With M nested widths edges[1:] (M is 1 but for Matryoshka), the reconstruction of the first edges[m + 1]
     latents has an error of its own, and what counts is the mean of the M: error[m] is Σ of those that latents
-    edges[m] … edges[m + 1] − 1 have a part in, over M. With more than one, the latents of a row must rise.
+    edges[m] … edges[m + 1] − 1 have a part in, over M.
 
     target: (rows, d) and error: (M, rows, d), for these rows alone; starts, latents, values and gradient
     cover the batch. squared: (rows,), the squared length of each row's error when all latents take part.
     """
     rows, d = target.shape
     nested = len(edges) - 1
+    most = 0
+    for i in range(rows):
+        most = max(most, starts[first + i + 1] - starts[first + i])
+    place, which = np.empty(most, np.int64), np.empty(most, np.int32)
+    weight, product = np.empty(most, np.float32), np.empty(most, np.float32)
     for i in range(rows):
         begin, end = starts[first + i], starts[first + i + 1]
-        done = begin
         for m in range(nested):
             row = error[m, i]
             if m == 0:
@@ -407,9 +427,10 @@ def decode_and_compare(
                     row[c] = b_dec[c] - target[i, c]
             else:
                 row[:] = error[m - 1, i]
-            until = _until(latents, done, end, edges[m + 1])
-            _add_rows(values[done:until], latents[done:until], W_dec, row)
-            done = until
+            many = _within(latents[begin:end], edges[m], edges[m + 1], place, which)
+            for e in range(many):
+                weight[e] = values[begin + place[e]]
+            _add_rows(weight[:many], which[:many], W_dec, row)
         squared[i] = _dot(error[nested - 1, i], error[nested - 1, i])
         if nested > 1:
             share = np.float32(1) / np.float32(nested)
@@ -420,13 +441,11 @@ def decode_and_compare(
                 if m + 1 < nested:
                     for c in range(d):
                         row[c] += error[m + 1, i, c]
-        done = begin
         for m in range(nested):
-            until = _until(latents, done, end, edges[m + 1])
-            _dots(error[m, i], W_dec, latents[done:until], gradient[done:until])
-            done = until
-        for e in range(begin, end):
-            gradient[e] *= np.float32(scale)
+            many = _within(latents[begin:end], edges[m], edges[m + 1], place, which)
+            _dots(error[m, i], W_dec, which[:many], product[:many])
+            for e in range(many):
+                gradient[begin + place[e]] = np.float32(scale) * product[e]
 
 
 @_compiled
