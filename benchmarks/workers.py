@@ -215,8 +215,9 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if request.get("finish"):
+            peak = peak_mb()  # before the copies that writing makes
             save_file(weights(), folder / tool / "weights.safetensors")
-            print(json.dumps({"peak_mb": peak_mb()}), file=answers, flush=True)
+            print(json.dumps({"peak_mb": peak}), file=answers, flush=True)
             return
         times = []
         for _ in range(request["steps"]):
