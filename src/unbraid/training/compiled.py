@@ -170,8 +170,8 @@ class CompiledStep(ABC):
     def centre(self, x: Tensor, begin: int) -> Tensor:
         """What W_enc multiplies of the chunk of rows that begins there, kept in `centred`."""
         rows = slice(begin, begin + CHUNK_ROWS)
-        self.centred[rows] = self.sae.centred(x[rows]).detach()
-        return self.centred[rows]
+        shift = self.sae.b_dec.detach() if self.sae.config.apply_b_dec_to_input else torch.zeros(())
+        return torch.sub(x[rows], shift, out=self.centred[rows])  # as `SAE.centred`, into memory that is kept
 
     def finish_gradient(self, fired: Fired, gradient: F32, context: StepContext, numel: int) -> F32:
         """Add to the gradient of each entry's value what is not reconstruction; returns the codes."""

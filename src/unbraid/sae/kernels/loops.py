@@ -13,10 +13,12 @@ starts[i]:starts[i + 1] of `latents` and `values`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import numba
 import numpy as np
+from llvmlite import binding
+from numba.core import codegen, config
 from numpy.typing import NDArray
 
 P = ParamSpec("P")
@@ -28,6 +30,19 @@ I8 = NDArray[np.int8]
 
 LANES, DEPTH = 64, 16
 """Latents of a row that are looked at side by side, and how many of them behind one another."""
+
+
+def _use_wide_registers() -> None:
+    """LLVM leaves 512-bit registers unused where it thinks that they slow the processor down; these loops
+    wait for memory most of the time, and gain by them. Whoever has set Numba's own variables is left alone.
+    """
+    numba_config, features = cast(Any, config), codegen.get_host_cpu_features()
+    if numba_config.CPU_NAME is None and numba_config.CPU_FEATURES is None and "+avx512f" in features:
+        numba_config.CPU_NAME = binding.get_host_cpu_name()
+        numba_config.CPU_FEATURES = f"{features},-prefer-256-bit"
+
+
+_use_wide_registers()
 
 # Sums may be reordered and fused; NaN and infinity keep their meaning. A check for division by 0 would keep
 # loops from being vectorised.
