@@ -105,3 +105,5 @@ def test_scatter_places_points_and_rings_the_marked(sign: int) -> None:
     x, y = ([float(d.get(name, "")) for d in dots] for name in ("cx", "cy"))
     assert x[0] < x[1] and (y[0] < y[1]) == (sign == 1)  # further down is less
     assert "a&lt;b" in picture and scatter([], x_label="", y_label="") == ""
+    assert 'class="s2"' in picture
+    assert 'class="s2 hollow"' in scatter([Series("c", points, 2, hollow=True)], x_label="", y_label="")

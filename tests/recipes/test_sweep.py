@@ -167,7 +167,7 @@ def _evaluation(site: str, l0: float, fvu: float, delta_ce: float) -> dict[str, 
 def test_the_front_is_what_nothing_beats_at_its_own_site(store: ActivationStore) -> None:
     grid = Grid(arch=("topk",), k=(1, 2, 3, 4), width=(16,), seed=(0,), site=SITES)
     every = trials(grid, LOOP, store)
-    rows = {1: (10.0, 0.5, 0.2), 2: (20.0, 0.4, 0.3), 3: (30.0, 0.45, 0.1), 4: (20.0, 0.4, 0.1)}
+    rows = {1: (10.0, 0.5, 0.2), 2: (20.0, 0.4, 0.3), 3: (30.0, 0.45, 0.1), 4: (20.4, 0.39, 0.1)}
     found = {
         t.name: _evaluation(t.point.split("-")[0], *rows[t.config.k])
         if t.point.startswith(SITES[0])
@@ -176,7 +176,7 @@ def test_the_front_is_what_nothing_beats_at_its_own_site(store: ActivationStore)
     }
     summary = summarise(every, found)
     first = [p for p in summary["points"] if p["site"] == SITES[0]]
-    assert [p["front_fvu"] for p in first] == [True, True, False, True]  # 2 and 4 are equal
+    assert [p["front_fvu"] for p in first] == [True, False, False, True]  # 4 has 2's L0, as good as
     assert [p["front_delta_ce"] for p in first] == [True, False, False, True]
     assert all(p["front_fvu"] for p in summary["points"] if p["site"] == SITES[1])
     # A single seed keeps the interval over documents.

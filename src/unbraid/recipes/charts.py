@@ -39,6 +39,8 @@ class Series:
     """The measured values, in any order."""
     style: int
     """Which CSS class draws it: `s<style>`."""
+    hollow: bool = False
+    """Whether a scatter draws it with open dots, to tell it from another of the same style."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,8 @@ def scatter(
                     x(p.x), y(p.y), said
                 )
             )
-        parts.append(Markup('<g class="s{}">{}</g>').format(s.style, Markup("").join(marks)))
+        kind = f"s{s.style} hollow" if s.hollow else f"s{s.style}"
+        parts.append(Markup('<g class="{}">{}</g>').format(kind, Markup("").join(marks)))
     description = f"{y_label} by {x_label}: {', '.join(s.name for s in series if s.points)}"
     return _svg(parts, width, height, description, "chart")
 

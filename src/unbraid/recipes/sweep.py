@@ -38,6 +38,8 @@ SHARE = 0.5
 """Share of the free memory that autoencoders in training together may take."""
 MEASURED_TOGETHER = 8
 """Autoencoders that are held in memory while one reading of the text measures them."""
+MATCHED = 0.03
+"""How much higher one L0 may be than another to count as no higher: BatchTopK meets its k on average only."""
 STYLES = 6
 """Line styles of the page's charts."""
 
@@ -173,11 +175,15 @@ def _over(found: Sequence[Mapping[str, float]]) -> dict[str, float | int]:
 
 
 def _better(one: Mapping[str, Any], other: Mapping[str, Any], name: str) -> bool:
-    """Whether a point is nowhere worse than another of its site, in L0 and a metric, and somewhere better."""
+    """Whether a point beats another of its site in a metric at an L0 that is no higher, as far as L0 can be
+    matched, or is as good at a lower one.
+    """
     if one["site"] != other["site"]:
         return False
-    a, b = ([p["metrics"][m]["value"] for m in ("l0", name)] for p in (one, other))
-    return a[0] <= b[0] and a[1] <= b[1] and a != b
+    (l0, value), (its_l0, its_value) = (
+        [p["metrics"][m]["value"] for m in ("l0", name)] for p in (one, other)
+    )
+    return l0 <= (1 + MATCHED) * its_l0 if value < its_value else value == its_value and l0 < its_l0
 
 
 def render(summary: Mapping[str, Any], command: str) -> str:
@@ -191,10 +197,10 @@ def render(summary: Mapping[str, Any], command: str) -> str:
     return environment.get_template("sweep.html.j2").render(
         summary=summary,
         sites=list(dict.fromkeys(point["site"] for point in points)),
-        lines=[(line, number % STYLES) for number, line in enumerate(lines)],
+        lines=[(line, number % STYLES, number % (2 * STYLES) >= STYLES) for number, line in enumerate(lines)],
         charts={
             (site, name): scatter(
-                [_series([p for p in points if p["site"] == site], line, number % STYLES, name)
+                [_series([p for p in points if p["site"] == site], line, number, name)
                  for number, line in enumerate(lines)],
                 x_label="latents that fire at a token (L0)",
                 y_label=label,
@@ -203,6 +209,7 @@ def render(summary: Mapping[str, Any], command: str) -> str:
             for name, label in labels.items()
         },
         command=command,
+        matched=f"{100 * MATCHED:g}",
         version=unbraid.__version__,
     )  # fmt: skip
 
@@ -211,7 +218,7 @@ def _line(point: Mapping[str, Any]) -> str:
     return f"{point['architecture']}, width {point['width']:,}"
 
 
-def _series(points: Sequence[Mapping[str, Any]], line: str, style: int, name: str) -> Series:
+def _series(points: Sequence[Mapping[str, Any]], line: str, number: int, name: str) -> Series:
     found: list[Point] = []
     for point in points:
         if _line(point) == line:
@@ -219,4 +226,4 @@ def _series(points: Sequence[Mapping[str, Any]], line: str, style: int, name: st
             found.append(
                 Point(point["metrics"]["l0"]["value"], y.value, y.low, y.high, ringed=point[f"front_{name}"])
             )
-    return Series(line, tuple(found), style)
+    return Series(line, tuple(found), number % STYLES, hollow=number % (2 * STYLES) >= STYLES)
