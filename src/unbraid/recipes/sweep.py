@@ -197,7 +197,7 @@ def render(summary: Mapping[str, Any], command: str) -> str:
     return environment.get_template("sweep.html.j2").render(
         summary=summary,
         sites=list(dict.fromkeys(point["site"] for point in points)),
-        lines=[(line, number % STYLES, number % (2 * STYLES) >= STYLES) for number, line in enumerate(lines)],
+        lines=[(line, *_look(number)) for number, line in enumerate(lines)],
         charts={
             (site, name): scatter(
                 [_series([p for p in points if p["site"] == site], line, number, name)
@@ -214,6 +214,11 @@ def render(summary: Mapping[str, Any], command: str) -> str:
     )  # fmt: skip
 
 
+def _look(number: int) -> tuple[int, bool]:
+    """Style of the page's lines, in turn, and whether with open dots, as every second turn has them."""
+    return number % STYLES, number // STYLES % 2 == 1
+
+
 def _line(point: Mapping[str, Any]) -> str:
     return f"{point['architecture']}, width {point['width']:,}"
 
@@ -226,4 +231,5 @@ def _series(points: Sequence[Mapping[str, Any]], line: str, number: int, name: s
             found.append(
                 Point(point["metrics"]["l0"]["value"], y.value, y.low, y.high, ringed=point[f"front_{name}"])
             )
-    return Series(line, tuple(found), number % STYLES, hollow=number % (2 * STYLES) >= STYLES)
+    style, hollow = _look(number)
+    return Series(line, tuple(found), style, hollow)
