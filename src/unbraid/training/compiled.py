@@ -147,7 +147,7 @@ class CompiledStep(ABC):
                 cuts[part], cuts[part + 1], lists.first, lists.rows, lists.entries, codes, gradient,
                 centred.numpy(), error, self.edges, scale, extra.rows, extra.enc, extra.dec,
                 self.W_enc, self.W_dec, *self.moments, d_b_enc, back[part],
-                self.screen.shadow.numpy(), self.screen.unit, self.screen.length,
+                self.screen.shadow, self.screen.shift, self.screen.unit, self.screen.length,
                 lr / unbias_mean, 1 / unbias_square, BETA_MEAN, BETA_SQUARE, EPSILON,
             )  # fmt: skip
 

@@ -48,6 +48,54 @@ def test_a_row_is_quantised_to_half_a_unit(shape: tuple[int, int, int, int]) -> 
     assert (np.abs(x - rough * scale[:, None]) <= 0.5001 * scale[:, None]).all()
 
 
+def _int8_copy(F: int, d: int) -> tuple[np.ndarray, ...]:
+    """Room for `quantise_latents`: shadow, shift, unit and length."""
+    shadow = np.zeros((-(-F // loops.GROUP), -(-d // loops.WORD), loops.GROUP), np.int32)
+    return shadow, np.zeros(F, np.int32), np.zeros(F, np.float32), np.zeros(F, np.float32)
+
+
+@given(SHAPES)
+@settings(max_examples=40, deadline=None)
+def test_the_int8_copy_of_latents_holds_what_quantised_rows_do(shape: tuple[int, int, int, int]) -> None:
+    _, d, F, seed = shape
+    W = _normal(seed, F, d)
+    rough, unit, length = np.empty((F, d), np.int8), np.empty(F, np.float32), np.empty(F, np.float32)
+    loops.quantise_rows(W, rough, unit, length)
+    shadow, shift, units, lengths = _int8_copy(F, d)
+    for part in (slice(F // 2, F), slice(0, F // 2)):
+        loops.quantise_latents(part.start, part.stop, W, shadow, shift, units, lengths)
+    by_latent = (
+        np.ascontiguousarray(shadow.transpose(0, 2, 1)).view(np.int8).reshape(len(shadow) * loops.GROUP, -1)
+    )
+    assert (by_latent[:F, :d] == rough).all() and not by_latent[F:].any() and not by_latent[:, d:].any()
+    assert (shift == -128 * rough.sum(axis=1, dtype=np.int32)).all()
+    assert (units == unit).all() and (lengths == length).all()
+    loops.quantise_latents(0, F, W, shadow[:, :0].copy(), shift, units, again := np.empty(F, np.float32))
+    assert (again == length).all()
+
+
+@pytest.mark.skipif(not loops.multiplies_int8(), reason="this processor has no AVX-512 VNNI")
+@given(st.integers(1, 70), st.integers(1, 3), st.integers(0, 10_000))
+@settings(max_examples=40, deadline=None)
+def test_rough_scores_are_products_of_int8(d: int, tiles: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    m, F, words = tiles * loops.TILE_ROWS, tiles * loops.BLOCK, -(-d // loops.WORD)
+    x = rng.integers(-128, 128, (m, words * loops.WORD)).astype(np.int8)
+    W = np.where(rng.random((F, d)) < 0.2, 127, rng.integers(-127, 128, (F, d))).astype(np.float32)
+    W[:, 0] = 127  # so that the unit is 1
+    shadow, shift, _, _ = copy = _int8_copy(F, d)
+    loops.quantise_latents(0, F, W, *copy)
+    unit, bias, x_unit = rng.random((3, max(m, F)), np.float32)
+    unit, bias, x_unit = unit[:F].copy(), bias[:F].copy(), x_unit[: m + 8].copy()
+    scores = np.full((m + 8, F), np.nan, np.float32)  # more rows than are asked for
+    best = np.full((m + 8, F // loops.GROUP), np.nan, np.float32)
+    loops.rough_scores(x.view(np.uint8) ^ 128, x_unit, shadow, shift, unit, bias, scores, best)
+    product = x[:, :d].astype(np.int64) @ W.T.astype(np.int64)
+    np.testing.assert_allclose(scores[:m], product * unit + bias * x_unit[:m, None], rtol=1e-5, atol=1e-3)
+    assert (best[:m] == scores[:m].reshape(m, -1, loops.GROUP).max(axis=2)).all()
+    assert np.isnan(scores[m:]).all() and np.isnan(best[m:]).all()
+
+
 def _entries(
     rough: np.ndarray,
     x: np.ndarray,
@@ -57,11 +105,17 @@ def _entries(
     wanted: int,
     off: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Candidates by a rough x Wᵀ, in fine units, with exact pre-activations."""
+    """Candidates by a rough x Wᵀ, with exact pre-activations."""
     n, F = rough.shape
-    product, unit = np.rint(rough * 2.0**20).astype(np.int32), np.full(F, 2.0**-20, np.float32)
+    width = -(-F // loops.GROUP) * loops.GROUP
+    scores, wrong = np.full((n, width), -np.inf, np.float32), np.zeros(width, np.float32)
+    scores[:, :F], wrong[:F] = rough + (b_enc - edge), off
+    best, wrong = scores, wrong[:F]
+    if 2 * loops.GROUP * wanted <= F:
+        best = scores.reshape(n, -1, loops.GROUP).max(axis=2)
+        wrong = np.array([off[g : g + loops.GROUP].max() for g in range(0, F, loops.GROUP)])
     starts, latents = np.empty(n + 1, np.int64), np.empty(9 * n * F + 999, np.int32)
-    given = (product, np.ones(n, np.float32), unit, b_enc - edge, off, wanted, starts)
+    given = (scores, best, wrong, wanted, starts)
     found = loops.candidates(*given, latents)
     assert found == starts[-1]
     starts = starts.copy()
@@ -224,20 +278,20 @@ def test_the_update(shape: tuple[int, int, int, int], k: int) -> None:
     want_enc, *enc_moments = reference.adam(before[0], g_enc, before[2], before[3], 0.01, 3)
     want_dec, *dec_moments = reference.adam(before[1], g_dec, before[4], before[5], 0.01, 3)
     want_dec = want_dec / want_dec.norm(dim=1, keepdim=True)
-    back, shadow, unit = np.zeros(d, np.float32), np.empty((F, d), np.int8), np.empty(F, np.float32)
-    length = np.empty(F, np.float32)
+    back, copy = np.zeros(d, np.float32), _int8_copy(F, d)
     for begin, end in ((0, F // 3), (F // 3, F)):
         loops.update(
-        begin, end, *lists, extra, more[0], more[1], W_enc, W_dec, *moments, d_bias, back,
-        shadow, unit, length, 0.01 / (1 - 0.9**3), 1 / (1 - 0.999**3), 0.9, 0.999, 1e-8,
-    )  # fmt: skip
+            begin, end, *lists, extra, more[0], more[1], W_enc, W_dec, *moments, d_bias, back,
+            *copy, 0.01 / (1 - 0.9**3), 1 / (1 - 0.999**3), 0.9, 0.999, 1e-8,
+        )  # fmt: skip
     np.testing.assert_allclose(d_bias, bias, rtol=1e-3, atol=1e-4)
     found = (W_enc, W_dec, *moments)
     for mine, wanted in zip(found, (want_enc, want_dec, *enc_moments, *dec_moments), strict=True):
         np.testing.assert_allclose(mine, wanted, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(back, bias.numpy() @ before[0].numpy(), rtol=1e-3, atol=1e-3)
-    assert (np.abs(W_enc - shadow * unit[:, None]) <= 0.5001 * unit[:, None]).all()
-    np.testing.assert_allclose(length, np.linalg.norm(W_enc, axis=1), rtol=1e-5)
+    again = _int8_copy(F, d)
+    loops.quantise_latents(0, F, W_enc, *again)
+    assert all((a == c).all() for a, c in zip(copy, again, strict=True))
 
 
 def test_what_is_not_a_number_stays_visible() -> None:

@@ -27,9 +27,8 @@ Precision = Literal["int8", "float32"]
 CHUNK_ROWS = 256
 """Rows whose dense products exist at the same time, for each thread."""
 NARROW = 16
-"""Width below which the product is in float32: nothing is to gain, and torch 2.13 multiplies int8 matrices
-with an inner size of 1 wrongly where the second is transposed."""
-SIGMAS = 6.0
+"""Width below which the product is in float32: few errors do not add up as many do, and little is to gain."""
+SIGMAS = 5.0
 """Standard errors that the screen allows a rough product to be off, or two of them together."""
 PARTS = 64
 """Ranges of about equal work that the latents are split into."""
@@ -38,10 +37,8 @@ ROW_COST = 6
 
 
 def precision() -> Precision:
-    """What the rough product is computed in: int8 where the processor multiplies it faster than float32
-    (AVX-512 VNNI), else float32."""
-    supported = getattr(torch.cpu, "_is_vnni_supported", None)
-    return "int8" if supported is not None and supported() else "float32"
+    """What the rough product is computed in: int8 where the processor has an instruction for it."""
+    return "int8" if loops.multiplies_int8() else "float32"
 
 
 @cache
@@ -107,20 +104,22 @@ class Screen:
     """A rough copy of an encoder in which the best latents are looked for; the codes found are exact."""
 
     def __init__(self, W_enc: F32, b_enc: F32, kind: Precision | None = None) -> None:
-        """W_enc: (F, d), one latent a row; b_enc: (F,)."""
+        """W_enc: (F, d), one latent a row; b_enc: (F,); kind: as fast as the processor can, if None."""
         F, d = W_enc.shape
         self.W_enc, self.b_enc = W_enc, b_enc
-        self.kind: Precision = "float32" if d < NARROW else kind or precision()
-        self.shadow = torch.empty(F, d, dtype=torch.int8)
-        self.unit, self.length = np.ones(F, np.float32), np.empty(F, np.float32)
+        self.kind: Precision = "float32" if d < NARROW or kind == "float32" else precision()
+        self.width = -(-F // loops.BLOCK) * loops.BLOCK
+        words = -(-d // loops.WORD) if self.kind == "int8" else 0
+        self.shadow = torch.zeros(self.width // loops.GROUP, words, loops.GROUP, dtype=torch.int32).numpy()
+        self.shift, self.unit = np.zeros(self.width, np.int32), np.zeros(self.width, np.float32)
+        self.length = np.zeros(self.width, np.float32)
         self.local, self.room = threading.local(), 128 * CHUNK_ROWS
         edges = np.linspace(0, F, PARTS + 1).astype(np.int64)
         side_by_side(lambda part: self.refresh(edges[part], edges[part + 1]), range(PARTS))
 
     def refresh(self, begin: int, end: int) -> None:
         """Copy latents begin … end − 1 again, after their weights have changed."""
-        rows = slice(begin, end)
-        loops.quantise_rows(self.W_enc[rows], self.shadow.numpy()[rows], self.unit[rows], self.length[rows])
+        loops.quantise_latents(begin, end, self.W_enc, self.shadow, self.shift, self.unit, self.length)
 
     def top_k(self, x: Tensor, latents: I32, values: F32) -> None:
         """Fill latents and values (m, k) with the k largest pre-activations of x (m, d), m ≤ CHUNK_ROWS."""
@@ -138,35 +137,66 @@ class Screen:
         """Those of x (m, d) that may be among the `wanted` largest of x W_encᵀ + bias in a row, or exceed 0
         there where `wanted` is 0, with exact pre-activations; the first two as in `loops.candidates`.
         """
-        m, d = x.shape
-        scale, length = np.empty(m, np.float32), np.empty(m, np.float32)
-        rough = torch.empty(m, d, dtype=torch.int8)
-        loops.quantise_rows(x.numpy(), rough.numpy(), scale, length)
-        unit = self.unit
-        if self.kind == "int8":
-            product = self._room()[:m]
-            torch._int_mm(rough, self.shadow.T, out=product)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
-            # Rounding to units of u is off by u/√12; errors of a product add up like independent ones. In
-            # units of the row, for the row that is longest in its own.
-            rounding = np.square(self.length) + np.square(unit * (length / scale).max())
-            off = np.float32(SIGMAS / (2 if wanted else 1)) * np.sqrt(rounding / np.float32(12))
+        m, F = len(x), len(bias)
+        scores, best, off = (self._by_int8 if self.kind == "int8" else self._by_float32)(x, bias)
+        if 2 * loops.GROUP * wanted <= F:  # so that there are groups enough
+            off = off.reshape(-1, loops.GROUP).max(axis=1)[: -(-F // loops.GROUP)]
         else:
-            product, scale, unit = x @ torch.from_numpy(self.W_enc).T, np.ones_like(scale), np.ones_like(unit)
-            off = np.float32(1e-5) * length.max() * self.length
+            best, off = scores, off[:F]
+        if wanted:
+            off /= 2  # two scores are compared, each may be wrong by so much
         starts = np.empty(m + 1, np.int64)
-        given = (product.numpy(), np.float32(1) / scale, unit, bias, off, wanted, starts)
+        given = (scores, best, off, wanted, starts)
         while (found := loops.candidates(*given, latents := np.empty(self.room, np.int32))) < 0:
             self.room *= 2
         latents, values = latents[:found], np.empty(found, np.float32)
         loops.pre_activations(x.numpy(), self.W_enc, self.b_enc, starts, latents, values)
         return starts, latents, values
 
-    def _room(self) -> Tensor:
-        """This thread's own (CHUNK_ROWS, F) int32, made once: a fresh one's pages cost more than its use."""
-        kept = getattr(self.local, "product", None)
-        if kept is None:
-            kept = self.local.product = torch.empty(CHUNK_ROWS, len(self.b_enc), dtype=torch.int32)
-        return kept
+    def _by_int8(self, x: Tensor, bias: F32) -> tuple[F32, F32, F32]:
+        """Rough pre-activations of x (m, d) in units of its rows, (m, width), the largest of each group, and
+        how much they may be wrong, (width,)."""
+        m, kept = len(x), self._kept()
+        unit, length = np.empty(m, np.float32), np.empty(m, np.float32)
+        loops.quantise_rows(x.numpy(), kept.x.view(np.int8), unit, length)
+        some = slice(-(-m // loops.TILE_ROWS) * loops.TILE_ROWS)
+        kept.x[some] ^= 128  # from −128 … 127 to 0 … 255
+        kept.x_unit[:m], kept.bias[: len(bias)] = 1 / unit, bias
+        loops.rough_scores(
+            kept.x[some], kept.x_unit, self.shadow, self.shift, self.unit, kept.bias, kept.scores, kept.best
+        )
+        # Rounding to units of u is off by u/√12; errors of a product add up like independent ones. In units
+        # of the row, for the row that is longest in its own.
+        rounding = np.square(self.length) + np.square(self.unit * (length / unit).max())
+        return kept.scores[:m], kept.best[:m], np.float32(SIGMAS) * np.sqrt(rounding / np.float32(12))
+
+    def _by_float32(self, x: Tensor, bias: F32) -> tuple[F32, F32, F32]:
+        """The same of the product in float32, in units of 1."""
+        scores, best = (torch.from_numpy(kept)[: len(x)] for kept in (self._kept().scores, self._kept().best))
+        weight = torch.from_numpy(self.W_enc).T
+        torch.addmm(torch.from_numpy(bias), x, weight, out=scores[:, : len(bias)])
+        torch.amax(scores.unflatten(1, (-1, loops.GROUP)), 2, out=best)
+        off = np.float32(2e-5) * x.norm(dim=1).max().item() * self.length
+        return scores.numpy(), best.numpy(), off
+
+    def _kept(self) -> Kept:
+        """This thread's own, made once: fresh memory's pages cost more than many a use."""
+        if not hasattr(self.local, "kept"):
+            self.local.kept = Kept(self.width, self.shadow.shape[1] * loops.WORD)
+        return self.local.kept
+
+
+class Kept:
+    """What a thread writes while it screens CHUNK_ROWS rows. Memory from torch begins where a line of the
+    cache does."""
+
+    def __init__(self, width: int, d: int) -> None:
+        self.x = torch.zeros(CHUNK_ROWS, d, dtype=torch.uint8).numpy()
+        self.x_unit = torch.ones(CHUNK_ROWS).numpy()
+        # −∞ stands for latents that are there only to fill up a block.
+        self.bias = torch.full((width,), -torch.inf).numpy()
+        self.scores = torch.full((CHUNK_ROWS, width), -torch.inf).numpy()
+        self.best = torch.empty(CHUNK_ROWS, width // loops.GROUP).numpy()
 
 
 def top_k_pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:

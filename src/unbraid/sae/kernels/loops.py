@@ -2,7 +2,8 @@
 
 Each function is sequential, releases the interpreter's lock and writes only into what it is given for its
 own rows or latents, so any number of threads may run it side by side and the result does not depend on how
-many.
+many. They stand in one file because Numba's cache asks for the age of a function's own file alone, and not of
+those whose functions it calls.
 
 Sizes: n rows of a batch, d = d_in, F = d_sae. Codes are rows of entries: those of row i are
 starts[i]:starts[i + 1] of `latents` and `values`.
@@ -17,8 +18,9 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import numba
 import numpy as np
-from llvmlite import binding
-from numba.core import codegen, config
+from llvmlite import binding, ir
+from numba.core import cgutils, codegen, config, types
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 P = ParamSpec("P")
@@ -27,9 +29,15 @@ F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
 I64 = NDArray[np.int64]
 I8 = NDArray[np.int8]
+U8 = NDArray[np.uint8]
 
-LANES, DEPTH = 64, 16
-"""Latents of a row that are looked at side by side, and how many of them behind one another."""
+LANES, TILE_ROWS, GROUP = 16, 8, 32
+"""Numbers in a 512-bit register; rows, and latents next to each other, whose int8 products are summed at the
+same time, each in a lane of its own."""
+BLOCK = 8 * GROUP
+"""Latents whose int8 copy stays in a core's own cache while all rows pass by."""
+WORD = 4
+"""int8 products that the processor sums in one lane at once."""
 
 
 def _use_wide_registers() -> None:
@@ -43,6 +51,13 @@ def _use_wide_registers() -> None:
 
 
 _use_wide_registers()
+
+
+def multiplies_int8() -> bool:
+    """Whether the processor has an instruction for products of int8 (AVX-512 VNNI) that Numba may use."""
+    features = cast(Any, config).CPU_FEATURES
+    return "+avx512vnni" in (features or codegen.get_host_cpu_features()).split(",")
+
 
 # Sums may be reordered and fused; NaN and infinity keep their meaning. A check for division by 0 would keep
 # loops from being vectorised.
@@ -64,25 +79,140 @@ def _dot(a: F32, b: F32) -> np.float32:
 
 
 @_compiled
-def quantise_rows(x: F32, out: I8, scale: F32, length: F32) -> None:
-    """x (n, d) as int8 times one scale per row: out (n, d), scale (n,). A row of zeros has scale 1.
-    length: (n,), that of each row.
+def _quantise(x: F32, out: I8) -> tuple[np.float32, np.float32]:
+    """x (d,) as int8 times a unit, in the first d of out; returns the unit, 1 for zeros, and x's length."""
+    # Without their signs, floats are in the order of their bits; maxima of integers are vectorised.
+    bits, most = x.view(np.int32), np.int32(0)
+    for c in range(len(x)):
+        most = max(most, bits[c] & np.int32(0x7FFFFFFF))
+    highest = np.empty(1, np.int32)
+    highest[0] = most
+    top = highest.view(np.float32)[0]
+    unit = top / np.float32(127) if top > 0 else np.float32(1)
+    inverse = np.float32(1) / unit
+    for c in range(len(x)):
+        out[c] = np.int8(np.rint(x[c] * inverse))
+    return unit, np.sqrt(_dot(x, x))
+
+
+@_compiled
+def quantise_rows(x: F32, out: I8, unit: F32, length: F32) -> None:
+    """x (n, d) as int8 times one unit per row: out (n, d or more), unit (n,); length (n,), that of each."""
+    for i in range(len(x)):
+        unit[i], length[i] = _quantise(x[i], out[i])
+
+
+@_compiled
+def quantise_latents(
+    begin: int, end: int, W: F32, shadow: I32, shift: I32, unit: F32, length: F32
+) -> None:  # fmt: skip
+    """Rows begin … end − 1 of W (F, d) as `quantise_rows` does it, in the order that `rough_scores` reads.
+
+    shadow: (F / GROUP, words, GROUP), each a word of WORD int8; with no words, only lengths are found. shift:
+    what is to be added to a product with numbers that are 128 too large. shift, unit, length: (F,) or more.
     """
-    n, d = x.shape
-    highest = np.zeros(1, np.int32)
-    for i in range(n):
-        length[i] = np.sqrt(_dot(x[i], x[i]))
-        # Without their signs, floats are in the order of their bits; maxima of integers are vectorised.
-        bits, most = x[i].view(np.int32), np.int32(0)
-        for c in range(d):
-            most = max(most, bits[c] & np.int32(0x7FFFFFFF))
-        highest[0] = most
-        top = highest.view(np.float32)[0]
-        unit = top / np.float32(127) if top > 0 else np.float32(1)
-        scale[i] = unit
-        inverse = np.float32(1) / unit
-        for c in range(d):
-            out[i, c] = np.int8(np.rint(x[i, c] * inverse))
+    words = np.zeros(shadow.shape[1], np.int32)
+    row = words.view(np.int8)
+    for j in range(begin, end):
+        if len(words) == 0:
+            length[j] = np.sqrt(_dot(W[j], W[j]))
+            continue
+        unit[j], length[j] = _quantise(W[j], row)
+        total = np.int32(0)
+        for c in range(len(row)):
+            total += row[c]
+        shift[j] = -128 * total
+        tile, place = shadow[j // GROUP], j % GROUP
+        for c in range(len(words)):
+            tile[c, place] = words[c]
+
+
+def _everywhere(builder: Any, value: Any) -> Any:
+    """The value in each of LANES lanes."""
+    unset, word = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined), ir.IntType(32)
+    first = builder.insert_element(unset, value, ir.Constant(word, 0))
+    return builder.shuffle_vector(first, unset, ir.Constant(ir.VectorType(word, LANES), [0] * LANES))
+
+
+def _instruction(builder: Any, name: str, result: Any, *given: Any) -> Any:
+    """LLVM's own function of that name."""
+    return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, given), name)
+
+
+@intrinsic
+def _tile(
+    _: Any, x: Any, x_pitch: Any, x_unit: Any, shadow: Any, words: Any, shift: Any, unit: Any, bias: Any,
+    scores: Any, scores_pitch: Any, best: Any, best_pitch: Any,
+) -> Any:  # fmt: skip
+    """`rough_scores` of TILE_ROWS rows and GROUP latents, in 512-bit registers, with the instruction
+    that AVX-512 VNNI has for products of int8. All but `words` are addresses, or bytes from row to row.
+    """
+
+    def emit(context: Any, builder: Any, _: Any, given: Any) -> Any:
+        x, x_pitch, x_unit, shadow, words, shift, unit, bias, scores, scores_pitch, best, best_pitch = given
+        word, number = ir.IntType(32), ir.FloatType()
+        integers, floats = ir.VectorType(word, LANES), ir.VectorType(number, LANES)
+        size, halves = 4 * LANES, range(GROUP // LANES)
+        multiply = _instruction(builder, "llvm.x86.avx512.vpdpbusd.512", integers, *3 * [integers])
+        largest = _instruction(builder, "llvm.vector.reduce.fmax.v16f32", number, floats)
+
+        def at(base: Any, index: Any, pitch: Any) -> Any:
+            index, pitch = (ir.Constant(words.type, v) if isinstance(v, int) else v for v in (index, pitch))
+            return builder.add(base, builder.mul(index, pitch))
+
+        def load(kind: Any, *where: Any) -> Any:
+            return builder.load(builder.inttoptr(at(*where), kind.as_pointer()), align=1)
+
+        def store(value: Any, *where: Any) -> None:
+            builder.store(value, builder.inttoptr(at(*where), value.type.as_pointer()), align=1)
+
+        shifts = [load(integers, shift, h, size) for h in halves]
+        # LLVM keeps these in registers.
+        sums = [[cgutils.alloca_once_value(builder, start) for start in shifts] for _ in range(TILE_ROWS)]
+        with cgutils.for_range(builder, words) as loop:
+            column = at(shadow, loop.index, 4 * GROUP)
+            weights = [load(integers, column, h, size) for h in halves]
+            for r, totals in enumerate(sums):
+                four = _everywhere(builder, load(word, at(x, r, x_pitch), loop.index, WORD))
+                for total, weight in zip(totals, weights, strict=True):
+                    builder.store(builder.call(multiply, [builder.load(total), four, weight]), total)
+        units, biases = ([load(floats, base, h, size) for h in halves] for base in (unit, bias))
+        for r, totals in enumerate(sums):
+            mine, found = _everywhere(builder, load(number, x_unit, r, 4)), []
+            for h in halves:
+                product = builder.fmul(builder.sitofp(builder.load(totals[h]), floats), units[h])
+                found.append(builder.fadd(product, builder.fmul(biases[h], mine)))
+                store(found[h], at(scores, r, scores_pitch), h, size)
+            top = builder.select(builder.fcmp_ordered(">", *found), *found)
+            store(builder.call(largest, [top], fastmath=("nnan",)), best, r, best_pitch)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 12), emit
+
+
+@_compiled
+def rough_scores(
+    x: U8, x_unit: F32, shadow: I32, shift: I32, unit: F32, bias: F32, scores: F32, best: F32
+) -> None:
+    """scores[i, j] ≈ (x W_encᵀ + bias)[i, j] in units of x's row.
+
+    x: (m, d) quantised and 128 too large, m a multiple of TILE_ROWS; x_unit: (m,), 1 / its units; shadow and
+    shift: see `quantise_latents`; unit and bias: (F,), F a multiple of BLOCK; scores: (m, F); best: the
+    largest score of each group, (m, F / GROUP). x_unit, scores and best may have more rows.
+    """
+    rows, row_units, table, shifts = x.ctypes.data, x_unit.ctypes.data, shadow.ctypes.data, shift.ctypes.data
+    units, biases, out, tops = unit.ctypes.data, bias.ctypes.data, scores.ctypes.data, best.ctypes.data
+    many = BLOCK // GROUP
+    for block in range(0, len(shadow), many):
+        for i in range(0, len(x), TILE_ROWS):
+            for g in range(block, block + many):
+                j = 4 * g * GROUP
+                _tile(  # pyright: ignore[reportCallIssue]
+                    rows + i * x.strides[0], x.strides[0], row_units + 4 * i,
+                    table + g * shadow.strides[0], shadow.shape[1], shifts + j, units + j, biases + j,
+                    out + i * scores.strides[0] + j, scores.strides[0],
+                    tops + i * best.strides[0] + 4 * g, best.strides[0],
+                )  # fmt: skip
 
 
 @_compiled
@@ -205,95 +335,67 @@ def _bar(keys: F32, wanted: int) -> np.float32:
     return low
 
 
-@_compiled
-def _score(product: np.int32, scale: np.float32, bias: np.float32, unit: np.float32) -> np.float32:
-    """A rough pre-activation, in units of its row."""
-    return np.float32(product) * scale + bias * unit
-
-
-@_compiled
-def _maxima(
-    p: I32,
-    q: I32,
-    up: np.float32,
-    uq: np.float32,
-    scale: F32,
-    bias: F32,
-    off: F32,
-    best_p: F32,
-    best_q: F32,
-    lanes: int,
-    depth: int,
-) -> None:
-    """What scores (see `_score`) of two rows are at least, the largest of each group; best: (groups,).
-
-    Block after block of lanes · depth latents; latent l of a block is in its group l % lanes. Two rows
-    together, because what is known of a latent takes as long to read as the products.
+@intrinsic
+def _reach(_: Any, keys: Any, bar: Any, first: Any, out: Any) -> Any:
+    """Which of LANES float32 at address `keys` are `bar` or more: writes first + lane of each to int32 at
+    address `out`, one after the other, and returns how many.
     """
-    F = len(p)
-    best_p[:] = -np.inf
-    best_q[:] = -np.inf
-    for start in range(0, F, lanes):
-        end, group = min(start + lanes, F), start // (lanes * depth) * lanes
-        # Slices tell the compiler that everything is contiguous; a fourth of the time without them.
-        ps, qs, s, b, e = p[start:end], q[start:end], scale[start:end], bias[start:end], off[start:end]
-        x, y = best_p[group : group + end - start], best_q[group : group + end - start]
-        for g in range(len(s)):
-            v, w = _score(ps[g], s[g], b[g], up) - e[g], _score(qs[g], s[g], b[g], uq) - e[g]
-            x[g] = v if v > x[g] else x[g]
-            y[g] = w if w > y[g] else y[g]
+
+    def emit(_: Any, builder: Any, __: Any, given: Any) -> Any:
+        keys, bar, first, out = given
+        word, size = ir.IntType(32), keys.type
+        integers, mask = ir.VectorType(word, LANES), ir.VectorType(ir.IntType(1), LANES)
+        floats = ir.VectorType(bar.type, LANES)
+
+        name = "llvm.masked.compressstore.v16i32"
+        store = _instruction(builder, name, ir.VoidType(), integers, word.as_pointer(), mask)
+        values = builder.load(builder.inttoptr(keys, floats.as_pointer()), align=4)
+        reach = builder.fcmp_ordered(">=", values, _everywhere(builder, bar))
+        lanes = builder.add(
+            _everywhere(builder, builder.trunc(first, word)), ir.Constant(integers, list(range(LANES)))
+        )
+        builder.call(store, [lanes, builder.inttoptr(out, word.as_pointer()), reach])
+        return builder.zext(builder.ctpop(builder.bitcast(reach, ir.IntType(LANES))), size)
+
+    return types.intp(types.intp, types.float32, types.intp, types.intp), emit
 
 
 @_compiled
-def candidates(
-    product: I32, units: F32, scale: F32, bias: F32, off: F32, wanted: int, starts: I64, latents: I32
-) -> int:  # fmt: skip
-    """Latents that may be among the `wanted` largest pre-activations of each row, or that may exceed 0 where
-    `wanted` is 0, by a rough product: off (F,) says how much each latent's score may be wrong.
+def candidates(scores: F32, best: F32, off: F32, wanted: int, starts: I64, latents: I32) -> int:
+    """Latents that may be among the `wanted` largest of each row, or that may exceed 0 where `wanted` is 0.
 
-    product: (n, F) int32 products of quantised rows and latents; a row's unit is 1 / units (n,), a latent's
-    is scale (F,), and bias (F,) is added. Written row after row into latents, row i's at
-    starts[i]:starts[i + 1]. Returns how many, or −1 where there is no room. Latents are looked at in groups:
-    what the best of as many groups reach as are wanted, at least as many latents surely reach.
+    scores: (m, F), rough pre-activations; best: the largest of each GROUP, (m, F / GROUP), or scores again;
+    off: how much a score of each group may be wrong; groups beyond its length are not looked at. Written row
+    after row into latents, row i's at starts[i]:starts[i + 1]. Returns how many, or −1 without room. What
+    the best of as many groups reach as are wanted, at least as many latents surely reach.
     """
-    n, F = product.shape
-    depth = DEPTH if 2 * DEPTH * wanted <= F else 1  # so that there are groups enough
-    lanes = min(LANES, -(-F // depth)) if depth > 1 else F
-    groups = -(-F // (lanes * depth)) * lanes
-    best, near = np.empty((2, groups), np.float32), np.empty(groups, np.int32)
-    doubt = np.zeros(groups, np.float32)  # between what a group's best may be at least and at most
-    # What is known of latents once more, group after group, so that a group's stands in few lines of memory.
-    scales, biases = np.zeros((groups, depth), np.float32), np.zeros((groups, depth), np.float32)
-    offs = np.full((groups, depth), -np.inf, np.float32)
-    for j in range(F):
-        g, t = j // (lanes * depth) * lanes + j % lanes, j // lanes % depth
-        scales[g, t], biases[g, t], offs[g, t] = scale[j], bias[j], off[j]
-        doubt[g] = max(doubt[g], 2 * off[j])
+    groups, size = len(off), scores.shape[1] // best.shape[1]
+    surely, near = np.empty(groups, np.float32), np.empty(groups, np.int32)
+    perhaps = np.full(-(-groups // LANES) * LANES, -np.inf, np.float32)
+    groups_at, near_at = perhaps.ctypes.data, near.ctypes.data
+    table, out = scores.ctypes.data, latents.ctypes.data
     found = 0
     starts[0] = 0
-    for i in range(n):
-        mine = best[i % 2]
-        if i % 2 == 0:
-            o = min(i + 1, n - 1)
-            _maxima(
-                product[i], product[o], units[i], units[o], scale, bias, off, best[0], best[1], lanes, depth
-            )
-        bar = _bar(mine, wanted) if wanted else np.float32(0)
+    for i in range(len(scores)):
+        top = best[i]
+        for g in range(groups):
+            surely[g] = top[g] - off[g]
+            perhaps[g] = top[g] + off[g]
+        bar = _bar(surely, wanted) if wanted else np.float32(0)
         bar -= np.float32(1e-6) * abs(bar)  # a score may be rounded in two ways
         many = 0
-        for g in range(groups):
-            near[many] = g
-            many += mine[g] + doubt[g] >= bar
-        if found + many * depth > len(latents):
+        for g in range(0, groups, LANES):
+            many += _reach(groups_at + 4 * g, bar, g, near_at + 4 * many)  # pyright: ignore[reportCallIssue]
+        if found + many * size > len(latents):
             return -1
-        row = product[i]
-        for g in near[:many]:
-            j = g // lanes * lanes * depth + g % lanes
-            for t in range(depth):
-                latents[found] = j
-                score = _score(row[min(j, F - 1)], scales[g, t], biases[g, t], units[i])
-                found += score + offs[g, t] >= bar
-                j += lanes
+        if size == 1:
+            latents[found : found + many] = near[:many]
+            found += many
+        else:
+            for g in near[:many]:
+                for j in range(g * size, (g + 1) * size, LANES):
+                    keys = table + i * scores.strides[0] + 4 * j
+                    found += _reach(keys, bar - off[g], j, out + 4 * found)  # pyright: ignore[reportCallIssue]
         starts[i + 1] = found
     return found
 
@@ -324,19 +426,12 @@ def group_by_latent(starts: I64, latents: I32, values: F32, first: I64, rows: I3
 
 @_compiled
 def pre_activations(x: F32, W: F32, bias: F32, starts: I64, latents: I32, out: F32) -> None:
-    """out[e] = x[row] · W[latent] + bias[latent] of every entry; x: (n, d), W: (F, d), bias: (F,).
-
-    Latent after latent, so that each row of W is read once; x is what should fit into a core's own cache.
-    """
-    first, some = np.empty(len(W) + 1, np.int64), np.ones(len(latents), np.float32)
-    rows, entries = np.empty(len(latents), np.int32), np.empty(len(latents), np.int32)
-    group_by_latent(starts, latents, some, first, rows, entries)
-    for j in range(len(W)):
-        mine = slice(first[j], first[j + 1])
-        if first[j] < first[j + 1]:
-            _dots(W[j], x, rows[mine], some[: len(rows[mine])])
-            for p, e in enumerate(entries[mine]):
-                out[e] = some[p] + bias[j]
+    """out[e] = x[row] · W[latent] + bias[latent] of every entry; x: (n, d), W: (F, d), bias: (F,)."""
+    for i in range(len(x)):
+        mine = slice(starts[i], starts[i + 1])
+        _dots(x[i], W, latents[mine], out[mine])
+        for e in range(starts[i], starts[i + 1]):
+            out[e] += bias[latents[e]]
 
 
 @_compiled
@@ -503,9 +598,10 @@ def update(
     s_dec: F32,
     d_bias: F32,
     back: F32,
-    shadow: I8,
-    shadow_scale: F32,
-    shadow_length: F32,
+    shadow: I32,
+    shift: I32,
+    unit: F32,
+    length: F32,
     lr: float,
     unbias: float,
     beta1: float,
@@ -517,8 +613,7 @@ def update(
     For each latent: Σ gradient · x[row] and scale · Σ value · error[m, row] over its entries, where latent j
     is one of edges[m] … edges[m + 1] − 1; plus row extra[j] of extra_enc and extra_dec where that is not −1;
     what would change the decoder row's length alone is taken out; Adam; the decoder row's length
-    is set to 1; the encoder row is quantised into shadow (F, d), shadow_scale and
-    shadow_length (F,) for the next screen.
+    is set to 1; the encoder row is quantised for the next screen, see `quantise_latents`.
     d_bias: (F,), gradients of b_enc; back: (d,), to which Σ d_bias[j] · W_enc[j] is added, with the weights
     from before: what the codes' gradient is in the activations.
     """
@@ -551,8 +646,7 @@ def update(
             dec[c] -= along * W_dec[j, c]
         _adam(W_enc[j], enc, m_enc[j], s_enc[j], lr, unbias, beta1, beta2, eps)
         _adam(W_dec[j], dec, m_dec[j], s_dec[j], lr, unbias, beta1, beta2, eps)
-        length = np.sqrt(_dot(W_dec[j], W_dec[j]))
-        shrink = np.float32(1) / max(length, np.float32(1e-12))
+        shrink = np.float32(1) / max(np.sqrt(_dot(W_dec[j], W_dec[j])), np.float32(1e-12))
         for c in range(d):
             W_dec[j, c] *= shrink
-    quantise_rows(W_enc[begin:end], shadow[begin:end], shadow_scale[begin:end], shadow_length[begin:end])
+    quantise_latents(begin, end, W_enc, shadow, shift, unit, length)
