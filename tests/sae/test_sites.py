@@ -22,6 +22,7 @@ ALL = {
     "clt": SAEConfig("clt", 12, 42, d_out=9, blocks=(4, 4, 4)),
     "jumprelu_skip_transcoder": SAEConfig("jumprelu_skip_transcoder", 12, 40, d_out=7),
     "jumprelu_transcoder": SAEConfig("jumprelu_transcoder", 12, 40, d_out=7),
+    "topk_skip_transcoder": SAEConfig("topk_skip_transcoder", 12, 40, 4, d_out=7),
     "gated": SAEConfig("gated", 12, 40),
     "jumprelu": SAEConfig("jumprelu", 12, 40),
     "relu without centring": SAEConfig("relu", 12, 40, apply_b_dec_to_input=False),
@@ -86,12 +87,15 @@ def test_matryoshka_is_used_as_jumprelu_and_refuses_widths_that_do_not_nest() ->
 
 
 @settings(max_examples=20, deadline=None)
-@given(SEEDS)
-def test_a_skip_transcoder_predicts_another_site(seed: int) -> None:
-    sae = _filled(SAEConfig("skip_transcoder", 6, 40, 3, d_out=5), seed)
+@given(SEEDS, st.sampled_from(["skip_transcoder", "topk_skip_transcoder"]))
+def test_a_skip_transcoder_predicts_another_site(seed: int, architecture: str) -> None:
+    sae = _filled(SAEConfig(architecture, 6, 40, 3, d_out=5), seed)
     x, y = _x(11, 6, seed), _x(11, 5, seed + 1)
     pre = x @ sae.W_enc + sae.b_enc
-    cut = pre.flatten().sort(descending=True).values[33]
+    if architecture == "topk_skip_transcoder":
+        cut = pre.topk(4, dim=1).values[:, 3:]
+    else:
+        cut = pre.flatten().sort(descending=True).values[33]
     codes = pre.relu() * (pre > cut)
     torch.testing.assert_close(sae.encode_dense(x), codes)
     y_hat = codes @ sae.W_dec + sae.b_dec + x @ sae.get_parameter("W_skip").T
@@ -169,7 +173,7 @@ def test_a_new_latent_points_at_its_activation() -> None:
         assert (towards > 0).all(), name
 
 
-@pytest.mark.parametrize("name", ["crosscoder", "clt", "jumprelu_transcoder"])
+@pytest.mark.parametrize("name", ["crosscoder", "clt", "jumprelu_transcoder", "topk_skip_transcoder"])
 def test_latents_of_several_sites_cannot_be_edited(name: str) -> None:
     with pytest.raises(UserError, match=r"cannot be edited|an edit acts at one site"):
         _filled(ALL[name]).latent_edit([1], "ablate", site=None)

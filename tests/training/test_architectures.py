@@ -99,7 +99,12 @@ def test_one_site(store: ActivationStore, tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("architecture", "options"),
-    [("transcoder", {}), ("skip_transcoder", {}), ("jumprelu_transcoder", {"l0": 0.1})],
+    [
+        ("transcoder", {}),
+        ("skip_transcoder", {}),
+        ("jumprelu_transcoder", {"l0": 0.1}),
+        ("topk_transcoder", {}),
+    ],
 )
 def test_a_transcoder(
     several: Callable[[str], ActivationStore], tmp_path: Path, architecture: str, options: dict[str, Any]
