@@ -146,6 +146,10 @@ class SAE(nn.Module, ABC):
         """Reconstructions, shape (n, d_out)."""
         return decode(codes, self.W_dec) + self.b_dec
 
+    def places(self, parameter: str, latents: Tensor) -> Tensor:
+        """Where latents (m,) stand in a parameter along its axis of `latent_axes`: here at their numbers."""
+        return latents
+
     def bypass(self, x: Tensor) -> Tensor | float:
         """What reaches the reconstruction past the latents, (n, d_out); 0 but for skip connections."""
         return 0.0
