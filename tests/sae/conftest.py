@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from unbraid.sae.base import SAE, SAEConfig
-from unbraid.sae.registry import build
+from unbraid.sae.registry import ARCHITECTURES, build
 
 
 def _random_sae(architecture: str, d_in: int = 12, d_sae: int = 64, k: int = 4, seed: int = 0) -> SAE:
@@ -17,7 +17,7 @@ def _random_sae(architecture: str, d_in: int = 12, d_sae: int = 64, k: int = 4, 
             architecture,
             d_in,
             d_sae,
-            k if architecture in ("topk", "batchtopk") else 0,
+            k if ARCHITECTURES[architecture].uses_k else 0,
             site="layers.1.resid_post",
             model_name="tiny",
             model_id="0" * 64,

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unbraid.manifest.errors import IntegrityError, UserError
+from unbraid.model.sites import Site
 from unbraid.sae.base import SAE
 from unbraid.sae.formats.detect import detect
 from unbraid.sae.formats.foreign import FORMATS
@@ -27,9 +28,11 @@ NORM = 7.0
 
 
 def _weights() -> dict[str, Tensor]:
-    """E (d, F), e (F,), W (F, d) with rows of unequal length, b (d,), t (F,) above 0; always the same."""
+    """E (d, F), e (F,), W (F, d) with rows of unequal length, b (d,), t (F,) above 0, S (d, d); always the
+    same.
+    """
     g = torch.Generator().manual_seed(3)
-    w = {"E": (D, F), "e": (F,), "W": (F, D), "b": (D,), "t": (F,)}
+    w = {"E": (D, F), "e": (F,), "W": (F, D), "b": (D,), "t": (F,), "S": (D, D)}
     out = {name: torch.randn(shape, generator=g) for name, shape in w.items()}
     return {**out, "t": out["t"].abs() / 2 + 0.05}
 
@@ -148,7 +151,7 @@ def _scopium_codes(act_fn: str) -> tuple[Tensor, Tensor]:
     return f * LENGTHS / scale, (f @ P["W"] + P["b"]) / scale
 
 
-def _sparsify(folder: Path, **changes: Any) -> Path:
+def _sparsify(folder: Path, hookpoint: str = "layers.2", **changes: Any) -> Path:
     config = {
         "activation": "topk",
         "expansion_factor": 32,
@@ -160,9 +163,9 @@ def _sparsify(folder: Path, **changes: Any) -> Path:
         "transcode": False,
         "d_in": D,
     } | changes
-    tensors = {**LINEAR, "W_dec": P["W"]}
+    tensors = {**LINEAR, "W_dec": P["W"]} | ({"W_skip": P["S"].T} if config["skip_connection"] else {})
     del tensors["decoder.weight"]
-    return _put(folder / "layers.2", tensors, "sae.safetensors", config, "cfg.json")
+    return _put(folder / hookpoint, tensors, "sae.safetensors", config, "cfg.json")
 
 
 def _opensae(folder: Path, **changes: Any) -> Path:
@@ -175,10 +178,19 @@ def _opensae(folder: Path, **changes: Any) -> Path:
 
 def _gemma2(folder: Path, **changes: Any) -> Path:
     hook = "model.layers.2.output"
-    config = {"architecture": "jump_relu", "model_name": "tiny", "affine_connection": False}
-    config |= {"hf_hook_point_in": hook, "hf_hook_point_out": hook}
+    config = {"architecture": "jump_relu", "model_name": "tiny", "affine_connection": False, "type": "sae"}
+    config |= {"hf_hook_point_in": hook, "hf_hook_point_out": hook, "width": F, "l0": K} | changes
     tensors = {name.lower(): value for name, value in MATRICES.items()} | {"threshold": P["t"]}
-    return _put(folder, tensors, "params.safetensors", config | changes, "config.json")
+    tensors |= {"affine_skip_connection": P["S"]} if config["affine_connection"] else {}
+    return _put(folder, tensors, "params.safetensors", config, "config.json")
+
+
+GEMMA_IN = "model.layers.2.pre_feedforward_layernorm.output"
+
+
+def _gemma2_transcoder(folder: Path, **changes: Any) -> Path:
+    hooks = {"hf_hook_point_in": GEMMA_IN, "hf_hook_point_out": GEMMA_IN.replace("pre_", "post_")}
+    return _gemma2(folder, **({"type": "transcoder"} | hooks | changes))
 
 
 def _openai(folder: Path, activation: str = "ReLU") -> Path:
@@ -217,6 +229,21 @@ class Case:
     codes: Tensor
     x_hat: Tensor
     site: str = "layers.2.resid_post"
+    target_site: str = ""
+
+
+SKIPPED = _x() @ P["S"]
+
+
+def _across(format: str, write: Callable[[Path], Path], codes: Tensor, **other: Any) -> Case:
+    """A transcoder."""
+    kind = "topk" if format == "sparsify" else "jumprelu"
+    skip = other.pop("skip", False)
+    x_hat = _plain_decode(codes) + (SKIPPED if skip else 0)
+    sites = {"site": GEMMA_IN, "target_site": "layers.2.mlp_out"} | other
+    return Case(
+        format, write, f"{kind}_skip_transcoder" if skip else f"{kind}_transcoder", codes, x_hat, **sites
+    )
 
 
 def _case(format: str, write: Callable[[Path], Path], architecture: str, codes: Tensor, **other: Any) -> Case:
@@ -227,6 +254,29 @@ K_AND_THRESHOLD = {"k": torch.tensor(K), "threshold": torch.tensor(0.4)}
 SCALE = math.sqrt(D)
 CASES = {
     "sparsify": _case("sparsify", _sparsify, "topk", _top(CENTRED)),
+    "sparsify transcoder": _across(
+        "sparsify",
+        lambda f: _sparsify(f, "h.2.mlp", transcode=True),
+        _top(PLAIN),
+        site="h.2.mlp.input",
+        target_site="h.2.mlp",
+    ),
+    "sparsify skip transcoder": _across(
+        "sparsify",
+        lambda f: _sparsify(f, transcode=True, skip_connection=True),
+        _top(PLAIN),
+        skip=True,
+        site="layers.2.resid_pre",
+        target_site="layers.2",
+    ),
+    "sparsify skip transcoder, early": _across(
+        "sparsify",
+        lambda f: _sparsify(f, "layers.2.mlp", transcode=None, activation=None, skip_connection=True),
+        _top(CENTRED),
+        skip=True,
+        site="layers.2.mlp.input",
+        target_site="layers.2.mlp",
+    ),
     "dictionary topk": _case(
         "dictionary_learning",
         lambda f: _dictionary(f, "AutoEncoderTopK", LINEAR | K_AND_THRESHOLD),
@@ -304,6 +354,13 @@ CASES = {
         site="layers.0.resid_pre",
     ),
     "gemma scope 2": _case("Gemma Scope 2", _gemma2, "jumprelu", _jump(PLAIN, P["t"])),
+    "gemma scope 2 transcoder": _across("Gemma Scope 2", _gemma2_transcoder, _jump(PLAIN, P["t"])),
+    "gemma scope 2 affine": _across(
+        "Gemma Scope 2",
+        lambda f: _gemma2_transcoder(f, affine_connection=True),
+        _jump(PLAIN, P["t"]),
+        skip=True,
+    ),
     **{
         f"llama scope {act}": Case(
             "Llama Scope",
@@ -342,7 +399,11 @@ def test_codes_and_reconstructions_are_the_tools_own(name: str, tmp_path: Path) 
     assert detect(folder).format == case.format
     sae = SAE.from_pretrained(folder)
     assert (sae.config.architecture, sae.config.d_in, sae.config.d_sae) == (case.architecture, D, F)
-    assert str(sae.site) == case.site
+    if case.target_site:
+        assert (sae.config.site, sae.config.target_site) == (case.site, case.target_site)
+        assert sae.config.d_out == D and Site.parse(case.target_site).layer == 2
+    else:
+        assert str(sae.site) == case.site
     torch.testing.assert_close(sae.encode_dense(_x()), case.codes, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(sae(_x()).x_hat, case.x_hat, rtol=1e-5, atol=1e-5)
     assert 0 < float((case.codes > 0).double().mean()) < 1
@@ -353,18 +414,25 @@ def test_what_was_read_survives_our_own_format(name: str, tmp_path: Path) -> Non
     sae = SAE.from_pretrained(CASES[name].write(tmp_path / "theirs"))
     sae.save_pretrained(tmp_path / "ours")
     again = SAE.from_pretrained(tmp_path / "ours")
-    assert again.site == sae.site and again.config.model_name == sae.config.model_name
+    for name in ("site", "target_site", "model_name", "architecture", "d_out"):
+        assert getattr(again.config, name) == getattr(sae.config, name)
     assert torch.equal(again.encode_dense(_x()), sae.encode_dense(_x()))
     assert torch.equal(again(_x()).x_hat, sae(_x()).x_hat)
 
 
 REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "sparsify transcoder": (lambda f: _sparsify(f, transcode=True), "transcode"),
-    "sparsify skip": (lambda f: _sparsify(f, skip_connection=True), "skip"),
-    "sparsify groupmax": (lambda f: _sparsify(f, activation="groupmax"), "'groupmax'"),
+    "sparsify groupmax": (lambda f: _sparsify(f, activation="groupmax"), "activation.*'groupmax'"),
+    "sparsify groupmax transcoder": (
+        lambda f: _sparsify(f, activation="groupmax", transcode=True),
+        "'groupmax transcode'",
+    ),
+    "sparsify signed": (lambda f: _sparsify(f, signed=True), "negative"),
     "dictionary crosscoder": (lambda f: _dictionary(f, "CrossCoder", LINEAR), "'CrossCoder'"),
-    "gemma scope 2 transcoder": (lambda f: _gemma2(f, hf_hook_point_out="elsewhere"), "transcoder"),
-    "gemma scope 2 affine": (lambda f: _gemma2(f, affine_connection=True), "affine_connection"),
+    "gemma scope 2 across layers": (lambda f: _gemma2_transcoder(f, type="clt"), "type is 'clt'"),
+    "gemma scope 2 autoencoder with a skip": (
+        lambda f: _gemma2(f, affine_connection=True),
+        "'jump_relu affine_connection'",
+    ),
     "llama scope by token": (lambda f: _llama(f, norm_activation="token-wise"), "every token by itself"),
     "llama scope transcoder": (lambda f: _llama(f, hook_point_out="blocks.2.hook_mlp_out"), "transcoder"),
     "llama scope glu": (lambda f: _llama(f, use_glu_encoder=True), "gated linear"),
@@ -402,10 +470,11 @@ def test_missing_surplus_and_misshapen_tensors_are_named(name: str, tmp_path: Pa
     tensors, extras = _all(source.weights)
     decoder = next(n for n in tensors if tensors[n].ndim == 2 and n.lower().startswith(("dec", "w_d")))
     lost = {n: t for n, t in tensors.items() if n != decoder}
+    surplus = "W_skip" if "W_skip" not in tensors else "W_more"
     for changed, word in (
         (lost, "lacks|known format"),
         ({**tensors, decoder: tensors[decoder][:-1]}, "shape"),
-        ({**tensors, "W_skip": torch.zeros(D, D)}, "W_skip"),
+        ({**tensors, surplus: torch.zeros(D, D)}, surplus),
         ({**tensors, decoder: tensors[decoder] * float("nan")}, "not numbers"),
     ):
         _put(source.weights.parent, {**changed, **extras}, source.weights.name)
@@ -423,6 +492,57 @@ def _all(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def test_a_width_that_contradicts_the_configuration_is_an_integrity_error(tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match="d_sae 16"):
         SAE.from_pretrained(_sparsify(tmp_path, num_latents=17))
+
+
+def test_a_skip_connection_that_is_missing_or_not_announced_is_named(tmp_path: Path) -> None:
+    announced = _sparsify(tmp_path / "a", transcode=True, skip_connection=True)
+    plain = _sparsify(tmp_path / "b", transcode=True)
+    both = [folder / "sae.safetensors" for folder in (announced, plain)]
+    (skip, _), (none, _) = map(_all, both)
+    save_file(none, both[0])
+    with pytest.raises(IntegrityError, match="lacks the tensor W_skip"):
+        SAE.from_pretrained(announced)
+    save_file(skip, both[1])
+    with pytest.raises(UserError, match="'W_skip', which is no part of a topk_transcoder"):
+        SAE.from_pretrained(plain)
+
+
+def test_a_transcoder_of_another_size_than_its_configuration_says(tmp_path: Path) -> None:
+    folder = _sparsify(tmp_path, skip_connection=True)
+    path = folder / "sae.safetensors"
+    tensors, _ = _all(path)
+    narrow = {"W_dec": tensors["W_dec"][:, :4].clone(), "b_dec": tensors["b_dec"][:4].clone()}
+    save_file(tensors | narrow | {"W_skip": tensors["W_skip"][:4].clone()}, path)
+    with pytest.raises(IntegrityError, match=r"d_out 4 but .*cfg\.json says '6'"):
+        SAE.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["gemma scope 2 transcoder", "gemma scope 2 affine"])
+def test_saelens_reads_gemmas_transcoders_alike(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through its own loader of the Hub's files, which is given local ones."""
+    sae_lens = pytest.importorskip("sae_lens", reason="the oracle of Gemma Scope 2's transcoders")
+    loaders = pytest.importorskip("sae_lens.loading.pretrained_sae_loaders")
+    folder = "transcoder_all/layer_2_width_16_l0_small"
+    CASES[name].write(tmp_path / folder)
+    weights = _all(tmp_path / folder / "params.safetensors")[0]
+
+    def download(repo_id: str, filename: str, subfolder: str = "", **_: Any) -> str:
+        return str(tmp_path / subfolder / filename)
+
+    monkeypatch.setattr(loaders, "hf_hub_download", download)
+    monkeypatch.setattr(
+        loaders, "get_safetensors_tensor_shapes", lambda *_: {n: list(t.shape) for n, t in weights.items()}
+    )
+    config, state, _ = loaders.gemma_3_sae_huggingface_loader("google/gemma-scope-2-1b-pt", folder)
+    theirs = sae_lens.SAE.from_dict(config)
+    theirs.load_state_dict(state)
+    ours = SAE.from_pretrained(tmp_path / folder)
+    assert ours.config.architecture == theirs.cfg.architecture()
+    with torch.no_grad():
+        torch.testing.assert_close(ours.encode_dense(_x()), theirs.encode(_x()), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours(_x()).x_hat, theirs(_x()), rtol=1e-5, atol=1e-5)
 
 
 def test_one_of_several_layers_is_named_by_its_file(tmp_path: Path) -> None:
@@ -466,8 +586,29 @@ def test_sparsify_is_written_and_read_again(random_sae: Callable[..., SAE], tmp_
         torch.testing.assert_close(again.encode_dense(x), sae.encode_dense(x).detach(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(again(x).x_hat, sae(x).x_hat.detach(), rtol=1e-5, atol=1e-5)
         assert again.config.site == sae.config.site and again.config.model_name == "tiny"
-    with pytest.raises(UserError, match="topk autoencoders only"):
+    with pytest.raises(UserError, match="not relu"):
         sparsify.save(random_sae("relu"), tmp_path / "relu")
+
+
+@pytest.mark.parametrize("name", ["topk_transcoder", "topk_skip_transcoder"])
+def test_sparsifys_transcoders_are_written_and_read_again(
+    random_sae: Callable[..., SAE], name: str, tmp_path: Path
+) -> None:
+    from dataclasses import replace
+
+    from unbraid.sae.formats import sparsify
+
+    sae = random_sae(name)
+    sae.config = replace(sae.config, site="layers.1.resid_mid", target_site="layers.1.mlp_out", d_out=12)
+    sparsify.save(sae, tmp_path)
+    again = SAE.from_pretrained(tmp_path)
+    assert replace(again.config, metadata={}) == replace(sae.config, model_id="")
+    assert {n: t.tolist() for n, t in again.state_dict().items()} == {
+        n: t.tolist() for n, t in sae.state_dict().items()
+    }
+    sae.config = replace(sae.config, d_out=7)
+    with pytest.raises(UserError, match="from 12 to 7"):
+        sparsify.save(sae, tmp_path)
 
 
 def test_the_path_counts_from_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

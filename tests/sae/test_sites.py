@@ -7,11 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import pad
 
 from unbraid.manifest.errors import UserError
 from unbraid.sae import elementwise
 from unbraid.sae.base import SAE, SAEConfig
 from unbraid.sae.batchtopk import BatchTopKSAE
+from unbraid.sae.clt import CrossLayerTranscoder
 from unbraid.sae.objective import StepContext
 from unbraid.sae.registry import ARCHITECTURES, build
 from unbraid.sae.scaling import Scaling
@@ -22,6 +24,7 @@ ALL = {
     "clt": SAEConfig("clt", 12, 42, d_out=9, blocks=(4, 4, 4)),
     "jumprelu_skip_transcoder": SAEConfig("jumprelu_skip_transcoder", 12, 40, d_out=7),
     "jumprelu_transcoder": SAEConfig("jumprelu_transcoder", 12, 40, d_out=7),
+    "topk_skip_transcoder": SAEConfig("topk_skip_transcoder", 12, 40, 4, d_out=7),
     "gated": SAEConfig("gated", 12, 40),
     "jumprelu": SAEConfig("jumprelu", 12, 40),
     "relu without centring": SAEConfig("relu", 12, 40, apply_b_dec_to_input=False),
@@ -40,6 +43,14 @@ def _filled(config: SAEConfig, seed: int = 0) -> SAE:
             value.copy_(torch.randn(value.shape, generator=generator) / 2)
         sae.constrain()
     return sae
+
+
+def _decoder(sae: SAE) -> Tensor:
+    """Decoder rows (d_sae, d_out); a cross-layer transcoder's with zeros where it has none."""
+    if not isinstance(sae, CrossLayerTranscoder):
+        return sae.W_dec
+    missing = [(0, 0, 0, sae.config.d_sae - len(part)) for part in sae.decoders()]
+    return torch.cat([pad(part, m) for part, m in zip(sae.decoders(), missing, strict=True)], dim=1)
 
 
 def _x(n: int, d: int, seed: int = 1) -> Tensor:
@@ -86,12 +97,15 @@ def test_matryoshka_is_used_as_jumprelu_and_refuses_widths_that_do_not_nest() ->
 
 
 @settings(max_examples=20, deadline=None)
-@given(SEEDS)
-def test_a_skip_transcoder_predicts_another_site(seed: int) -> None:
-    sae = _filled(SAEConfig("skip_transcoder", 6, 40, 3, d_out=5), seed)
+@given(SEEDS, st.sampled_from(["skip_transcoder", "topk_skip_transcoder"]))
+def test_a_skip_transcoder_predicts_another_site(seed: int, architecture: str) -> None:
+    sae = _filled(SAEConfig(architecture, 6, 40, 3, d_out=5), seed)
     x, y = _x(11, 6, seed), _x(11, 5, seed + 1)
     pre = x @ sae.W_enc + sae.b_enc
-    cut = pre.flatten().sort(descending=True).values[33]
+    if architecture == "topk_skip_transcoder":
+        cut = pre.topk(4, dim=1).values[:, 3:]
+    else:
+        cut = pre.flatten().sort(descending=True).values[33]
     codes = pre.relu() * (pre > cut)
     torch.testing.assert_close(sae.encode_dense(x), codes)
     y_hat = codes @ sae.W_dec + sae.b_dec + x @ sae.get_parameter("W_skip").T
@@ -125,14 +139,35 @@ def test_a_cross_layer_transcoder_writes_forward_alone(seed: int) -> None:
         above = p - theta[own]
         f = p * ((p > theta[own]) & (p > 0)) + theta[own].detach() * window * (above - above.detach())
         codes.append(f)
-        reach = torch.arange(layers * d_out) >= layer * d_out
-        y_hat = y_hat + f @ (sae.W_dec[own] * reach)
+        y_hat = y_hat + f @ _decoder(sae)[own]
     f = torch.cat(codes, dim=1)
     torch.testing.assert_close(sae.encode_dense(x), f)
     torch.testing.assert_close(sae(x).x_hat, y_hat)
-    cost = (4 * f * sae.W_dec.norm(dim=1)).tanh().sum()
+    cost = (4 * f * _decoder(sae).norm(dim=1)).tanh().sum()
     _same_gradients(sae, x, y, ((y - y_hat).square().sum() + 0.2 * cost) / y.numel())
-    assert not sae.W_dec[each:, :d_out].any() and sae.W_dec[:each, d_out:].any()
+    for layer in range(layers):
+        own = _decoder(sae)[layer * each : (layer + 1) * each] != 0
+        assert own.all(dim=0).tolist() == [False] * (layer * d_out) + [True] * ((layers - layer) * d_out)
+    assert len(sae.W_dec) == 42 * 4 / 2  # of 42 · 3 rows
+
+
+@settings(max_examples=20, deadline=None)
+@given(SEEDS)
+def test_a_latent_of_a_cross_layer_transcoder_is_all_its_rows(seed: int) -> None:
+    sae = _filled(ALL["clt"], seed)
+    torch.testing.assert_close(_decoder(sae).norm(dim=1), torch.ones(42))
+    generator = torch.Generator().manual_seed(seed)
+    sae.W_dec.grad = torch.randn(sae.W_dec.shape, generator=generator)
+    sae.constrain_gradient()
+    left = build(sae.config)
+    left.W_dec.data = sae.W_dec.grad
+    assert (_decoder(left) * _decoder(sae)).sum(dim=1).abs().max() < 1e-5 and left.W_dec.any()
+    latents = torch.tensor([1, 20])
+    rows = sae.places("W_dec", latents)
+    assert len(rows) == 3 + 2 and torch.equal(sae.places("b_enc", latents), latents)
+    with torch.no_grad():
+        sae.W_dec[rows] = 0
+    assert (_decoder(sae).norm(dim=1) < 0.5).nonzero().squeeze(1).tolist() == [1, 20]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -161,15 +196,15 @@ def test_a_new_latent_points_at_its_activation() -> None:
         sae = _filled(config)
         x, y = _x(3, config.d_in), _x(3, config.d_out or config.d_in, 2)
         latents = torch.tensor([1, 20, 39])
-        untouched = sae.W_dec[2].clone()
+        untouched = _decoder(sae)[2].clone()
         sae.revive(latents, x, y if config.d_out else x)
-        torch.testing.assert_close(sae.W_dec[latents].norm(dim=1), torch.ones(3), msg=name)
-        assert torch.equal(sae.W_dec[2], untouched), name
-        towards = (sae.W_dec[latents] * ((y if config.d_out else x) - sae.b_dec)).sum(dim=1)
+        torch.testing.assert_close(_decoder(sae)[latents].norm(dim=1), torch.ones(3), msg=name)
+        assert torch.equal(_decoder(sae)[2], untouched), name
+        towards = (_decoder(sae)[latents] * ((y if config.d_out else x) - sae.b_dec)).sum(dim=1)
         assert (towards > 0).all(), name
 
 
-@pytest.mark.parametrize("name", ["crosscoder", "clt", "jumprelu_transcoder"])
+@pytest.mark.parametrize("name", ["crosscoder", "clt", "jumprelu_transcoder", "topk_skip_transcoder"])
 def test_latents_of_several_sites_cannot_be_edited(name: str) -> None:
     with pytest.raises(UserError, match=r"cannot be edited|an edit acts at one site"):
         _filled(ALL[name]).latent_edit([1], "ablate", site=None)

@@ -99,7 +99,12 @@ def test_one_site(store: ActivationStore, tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("architecture", "options"),
-    [("transcoder", {}), ("skip_transcoder", {}), ("jumprelu_transcoder", {"l0": 0.1})],
+    [
+        ("transcoder", {}),
+        ("skip_transcoder", {}),
+        ("jumprelu_transcoder", {"l0": 0.1}),
+        ("topk_transcoder", {}),
+    ],
 )
 def test_a_transcoder(
     several: Callable[[str], ActivationStore], tmp_path: Path, architecture: str, options: dict[str, Any]
@@ -144,7 +149,8 @@ def test_a_cross_layer_transcoder(several: Callable[[str], ActivationStore], tmp
     )
     again = SAE.from_pretrained(tmp_path / "sae")
     assert again.config == sae.config and torch.equal(again(x).x_hat, sae(x).x_hat)
-    assert _fvu(sae, x, y) < 0.4 and not sae.W_dec[48:, :24].any()
+    stored = load_file(tmp_path / "sae" / "sae_weights.safetensors")
+    assert _fvu(sae, x, y) < 0.4 and stored["W_dec"].shape == (96 + 48, 24)
 
 
 def test_resampling_revives_and_the_rise_of_dead_latents_is_said_once(

@@ -44,6 +44,7 @@ VERBS: dict[str, Verb] = {
     "convert": Verb(
         "unbraid.cli.convert", "bring another tool's autoencoder in, or take one to another tool"
     ),
+    "push": Verb("unbraid.cli.push", "send an autoencoder to the Hugging Face Hub, in private by default"),
     "practice": Verb(
         "unbraid.cli.practice", "train the practice assistant, verify its card, write its conversations"
     ),

@@ -31,7 +31,8 @@ class Options:
     """Folder to make; a run that was killed goes on from its last checkpoint."""
     arch: str = "topk"
     """Architecture: topk, batchtopk, matryoshka, relu, jumprelu, gated, matching_pursuit, lista, transcoder,
-    skip_transcoder, jumprelu_transcoder, jumprelu_skip_transcoder, crosscoder or clt."""
+    skip_transcoder, jumprelu_transcoder, jumprelu_skip_transcoder, topk_transcoder, topk_skip_transcoder,
+    crosscoder or clt."""
     k: int | None = None
     """Latents that fire at a token, or do on average, for the architectures that fix this; 32 if left out."""
     width: int = 8192

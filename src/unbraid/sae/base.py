@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -144,6 +145,10 @@ class SAE(nn.Module, ABC):
     def decode(self, codes: SparseCodes) -> Tensor:
         """Reconstructions, shape (n, d_out)."""
         return decode(codes, self.W_dec) + self.b_dec
+
+    def places(self, parameter: str, latents: Tensor) -> Tensor:
+        """Where latents (m,) stand in a parameter along its axis of `latent_axes`: here at their numbers."""
+        return latents
 
     def bypass(self, x: Tensor) -> Tensor | float:
         """What reaches the reconstruction past the latents, (n, d_out); 0 but for skip connections."""
@@ -310,6 +315,17 @@ class SAE(nn.Module, ABC):
         from unbraid.sae.formats.saelens import save
 
         save(self, Path(folder))
+
+    def push_to_hub(self, repository: str, subfolder: str = "", *, public: bool = False) -> str:
+        """Send what `save_pretrained` writes to owner/name on the Hugging Face Hub; returns where it is.
+
+        A new repository is private unless `public`. Raises what `formats.hub.push` does.
+        """
+        from unbraid.sae.formats.hub import push
+
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push(Path(folder), repository, subfolder, public=public)
 
     @staticmethod
     def from_pretrained(

@@ -71,6 +71,14 @@ class ElementwiseSAE(SAE):
         """The pre-activation from which on a latent has a gradient, (d_sae,) or a scalar."""
         return self.firing_threshold()
 
+    def row_norms(self) -> Tensor:
+        """How long each latent's decoder row counts in the penalty, (d_sae,)."""
+        return self.W_dec.norm(dim=1)
+
+    def decode_entries(self, entries: Entries, codes: Tensor) -> Tensor:
+        """Reconstructions (n, d_out) from the entries' codes, in the shape of `entries.pre`."""
+        return entries.decode(codes, self.W_dec) + self.b_dec
+
     def encode(self, x: Tensor) -> SparseCodes:
         """Codes of activations x, shape (n, d_in); k is the most latents that fire at one of them."""
         entries = self._above(x, self.firing_threshold())
@@ -101,7 +109,7 @@ class ElementwiseSAE(SAE):
         self, entries: Entries, x: Tensor, target: Tensor, context: StepContext, numel: int
     ) -> StepReport:
         codes = entries.only_real(self.activate(entries))
-        error = target - (entries.decode(codes, self.W_dec) + self.b_dec + self.bypass(x))
+        error = target - (self.decode_entries(entries, codes) + self.bypass(x))
         squared_error = error.square().sum()
         cost, other = self.loss(entries, codes, target)
         ((squared_error + context.ramp * cost + other) / numel).backward()

@@ -95,7 +95,7 @@ class JumpReLUSAE(ElementwiseSAE):
             theta = entries.of(self.threshold)
             cost = _jump(entries.pre, theta, False, options.bandwidth, options.through_encoder)
         else:
-            cost = (options.tanh_scale * codes * entries.of(self.W_dec.norm(dim=1))).tanh()
+            cost = (options.tanh_scale * codes * entries.of(self.row_norms())).tanh()
         return options.l0 * entries.only_real(cost).sum(), 0.0
 
     def backward(self, x: Tensor, target: Tensor, context: StepContext) -> StepReport:
@@ -105,7 +105,7 @@ class JumpReLUSAE(ElementwiseSAE):
             factor = context.ramp * self.options.pre_act / target.numel()
             for rows in x.split(CHUNK_ROWS):
                 short = (self.threshold - self.pre_activations(rows)).relu()[:, context.dead]
-                (factor * (short * self.W_dec.norm(dim=1)[context.dead]).sum()).backward()
+                (factor * (short * self.row_norms()[context.dead]).sum()).backward()
         return report
 
     @torch.no_grad()

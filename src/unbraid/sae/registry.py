@@ -14,7 +14,14 @@ from unbraid.sae.matching_pursuit import MatchingPursuitSAE
 from unbraid.sae.matryoshka import MatryoshkaSAE
 from unbraid.sae.relu import ReLUSAE
 from unbraid.sae.topk import TopKSAE
-from unbraid.sae.transcoder import JumpReLUSkipTranscoder, JumpReLUTranscoder, SkipTranscoder, Transcoder
+from unbraid.sae.transcoder import (
+    JumpReLUSkipTranscoder,
+    JumpReLUTranscoder,
+    SkipTranscoder,
+    TopKSkipTranscoder,
+    TopKTranscoder,
+    Transcoder,
+)
 
 ARCHITECTURES: dict[str, type[SAE]] = {
     "topk": TopKSAE,
@@ -29,6 +36,8 @@ ARCHITECTURES: dict[str, type[SAE]] = {
     "skip_transcoder": SkipTranscoder,
     "jumprelu_transcoder": JumpReLUTranscoder,
     "jumprelu_skip_transcoder": JumpReLUSkipTranscoder,
+    "topk_transcoder": TopKTranscoder,
+    "topk_skip_transcoder": TopKSkipTranscoder,
     "crosscoder": CrosscoderSAE,
     "clt": CrossLayerTranscoder,
 }

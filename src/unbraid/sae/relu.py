@@ -41,7 +41,3 @@ class ReLUSAE(ElementwiseSAE):
     def loss(self, entries: Entries, codes: Tensor, target: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """λ Σ f ‖W_dec[j]‖."""
         return self.options.l1 * (codes * entries.of(self.row_norms())).sum(), 0.0
-
-    def row_norms(self) -> Tensor:
-        """How long each latent's decoder row counts in the penalty, (d_sae,)."""
-        return self.W_dec.norm(dim=1)

@@ -5,8 +5,8 @@
 x: (n, d_in) at the site, y: (n, d_out) at the target site, W_enc: (d_in, d_sae), W_dec: (d_sae, d_out),
 W_skip: (d_out, d_in). Dunefsky et al. 2024, "Transcoders find interpretable LLM feature circuits", arXiv
 2406.11944; the linear skip connection is Paulo et al. 2025, "Transcoders beat sparse autoencoders for
-interpretability", arXiv 2501.18823. The activation is BatchTopK's in training and so JumpReLU's in use, or
-JumpReLU's from the beginning. The encoder starts from the linear map that predicts y from x best.
+interpretability", arXiv 2501.18823. The activation is BatchTopK's in training and so JumpReLU's in use,
+JumpReLU's from the beginning, or TopK's. The encoder starts from the linear map that predicts y from x best.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from unbraid.sae.base import SAE, SAEConfig
 from unbraid.sae.batchtopk import BatchTopKSAE
 from unbraid.sae.jumprelu import JumpReLUSAE
 from unbraid.sae.scaling import Scaling
+from unbraid.sae.topk import TopKSAE
 
 RIDGE = 1e-3
 """Weight on the squared norm of the linear map, in units of the inputs' mean square."""
@@ -70,6 +71,20 @@ class JumpReLUTranscoder(_AcrossSites, JumpReLUSAE):
 
 
 class JumpReLUSkipTranscoder(JumpReLUTranscoder):
+    """The same with a linear skip connection."""
+
+    skip = True
+
+
+class TopKTranscoder(_AcrossSites, TopKSAE):
+    """A transcoder with k latents at every token."""
+
+    def calibrated(self, batches: Sequence[Tensor]) -> TopKTranscoder:
+        """Itself: measured thresholds are for edits, which it cannot have."""
+        return self
+
+
+class TopKSkipTranscoder(TopKTranscoder):
     """The same with a linear skip connection."""
 
     skip = True

@@ -33,7 +33,7 @@ def resample(
     for name, axis in sae.latent_axes.items():
         if name in optimizer.parameters:
             for moment in (optimizer.mean[name], optimizer.square[name]):
-                moment.index_fill_(axis, latents, 0.0)
+                moment.index_fill_(axis, sae.places(name, latents), 0.0)
 
 
 @dataclass(frozen=True)

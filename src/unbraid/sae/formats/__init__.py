@@ -8,11 +8,12 @@ architectures is refused with a sentence, above all what normalises each token b
 | tool | files | theirs → ours | folded, refused |
 | --- | --- | --- | --- |
 | SAELens 5, 6 | cfg.json, sae_weights.safetensors | standard → relu, topk, jumprelu | scale, row norms |
-| sparsify | cfg.json, sae.safetensors | topk | |
+| sparsify | cfg.json, sae.safetensors | topk; transcode → topk_(skip_)transcoder | old skip: b_dec |
 | dictionary_learning | config.json, ae.pt | AutoEncoder(New) → relu, TopK → topk, | AutoEncoder: row norms |
 | | | BatchTopK, Matryoshka, JumpReLU → jumprelu | |
 | Gemma Scope | params.npz | jumprelu | embeddings: √d |
-| Gemma Scope 2 | config.json, params.safetensors | jump_relu → jumprelu | |
+| Gemma Scope 2 | config.json, params.safetensors | jump_relu → jumprelu, | |
+| | | transcoder → jumprelu_(skip_)transcoder | |
 | Llama Scope | hyperparams.json, checkpoints/ | jumprelu, topk, relu | mean norm, row norms |
 | Llamascopium | config.json, sae_weights.safetensors | jumprelu, topk, relu | mean norm, row norms |
 | OpenAI | one .pt | ReLU → relu | TopK refused: layer norm |

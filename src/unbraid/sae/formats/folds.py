@@ -6,7 +6,8 @@ With p = (x − b_dec) W_enc + b_enc, f = activation(p) and x̂ = f W_dec + b_de
 - codes times c > 0, one number or one for each latent: W_enc, b_enc, threshold times c, W_dec over c; x̂
   stays.
 
-Both hold for x in place of x − b_dec too. What differs from token to token (a layer norm, a division by each
+Both hold for x in place of x − b_dec too, and a transcoder that reads x − b_dec is one that reads x with
+b_enc − b_dec W_enc for b_enc. What differs from token to token (a layer norm, a division by each
 token's norm) cannot be folded, and with it a latent would not be a linear probe that an Edit can carry, nor a
 code decode without its token; such autoencoders are refused (`table.Must`).
 """
@@ -26,7 +27,8 @@ from torch import Tensor
 from unbraid.manifest.errors import UserError
 
 State = dict[str, Tensor]
-"""Weights by name: W_enc (d_in, d_sae), W_dec (d_sae, d_in), b_dec (d_in,), b_enc, threshold (d_sae,)."""
+"""Weights by name: W_enc (d_in, d_sae), W_dec (d_sae, d_out), b_dec (d_out,), b_enc, threshold (d_sae,),
+W_skip (d_out, d_in)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +84,11 @@ def scale_codes(state: State, factor: float | Tensor) -> None:
         if name in state:
             state[name] = state[name] * factor
     state["W_dec"] = state["W_dec"] / (factor[:, None] if isinstance(factor, Tensor) else factor)
+
+
+def centre_input(state: State, found: Found) -> None:
+    """An input less b_dec where ours is read as it is: W_enc's part of that goes into b_enc."""
+    state["b_enc"] = state["b_enc"] - state["b_dec"] @ state["W_enc"]
 
 
 def unit_decoder(state: State) -> None:

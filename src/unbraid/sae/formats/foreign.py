@@ -10,6 +10,7 @@ from unbraid.manifest.errors import UserError
 from unbraid.sae.formats.folds import (
     EMBEDDING,
     Found,
+    centre_input,
     dataset_norm,
     decoder_norms,
     embedding_scale,
@@ -22,7 +23,6 @@ PER_TOKEN = (
     "it normalises every token by itself, which cannot be folded into the weights; such an autoencoder is "
     "not supported"
 )
-TRANSCODER = "it is a transcoder; only autoencoders of this format are supported"
 GLU = "its encoder is a gated linear unit, which is not supported"
 OURS = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
 LINEAR = {
@@ -33,27 +33,49 @@ LINEAR = {
 }
 THRESHOLD = {"threshold": "threshold"}
 
+_SPARSIFY = {**LINEAR, "W_dec": "W_dec", "b_dec": "b_dec"}
+_SPARSIFY_SKIP = {**_SPARSIFY, "W_skip": "W_skip"}
+# The folder is called after a module: autoencoders read its output, transcoders its input as well. `site`,
+# `target_site` and `model_name` are additions of ours.
+_MODULE = Field("path", r"((?:layers|h)\.\d+(?:\.\w+)?)/[^/]+$")
+_SPARSIFY_ACROSS = {
+    "site": (
+        Field("site"),
+        Field("path", r"(?:layers|h)\.(\d+)/[^/]+$", r"layers.\1.resid_pre"),
+        Field("path", r"((?:layers|h)\.\d+\.\w+)/[^/]+$", r"\1.input"),
+    ),
+    "target_site": (Field("target_site"), _MODULE),
+}
 SPARSIFY = Format(
     "sparsify",
     weights=("sae.safetensors",),
     config="cfg.json",
     marks=("expansion_factor", "normalize_decoder", "d_in"),
-    kind="activation",
-    default="topk",
-    variants={"topk": Variant("topk", {**LINEAR, "W_dec": "W_dec", "b_dec": "b_dec"})},
-    # The folder is called after the module whose output was read; `site`, `model_name` are additions of ours.
+    kind=(Field("activation", default="topk"), Field("transcode"), Field("skip_connection")),
+    variants={
+        "topk": Variant("topk", _SPARSIFY),
+        "topk transcode": Variant("topk_transcoder", _SPARSIFY, centred=False, fields=_SPARSIFY_ACROSS),
+        "topk transcode skip_connection": Variant(
+            "topk_skip_transcoder", _SPARSIFY_SKIP, centred=False, fields=_SPARSIFY_ACROSS
+        ),
+        # Before February 2025 transcoders did not say that they are, and read x − b_dec.
+        "topk skip_connection": Variant(
+            "topk_skip_transcoder",
+            _SPARSIFY_SKIP,
+            centred=False,
+            folds=(centre_input,),
+            fields=_SPARSIFY_ACROSS,
+        ),
+    },
     fields={
         "k": (Field("k"),),
         "d_in": (Field("d_in"),),
+        "d_out": (Field("d_in"),),
         "d_sae": (Field("num_latents"),),
-        "site": (Field("site"), Field("path", r"((?:layers|h)\.\d+(?:\.\w+)?)/[^/]+$")),
+        "site": (Field("site"), _MODULE),
         "model_name": (Field("model_name"),),
     },
-    must=(
-        Must("transcode", (None, False), TRANSCODER),
-        Must("skip_connection", (None, False), "it has a skip connection, which is not supported"),
-        Must("signed", (None, False), "it lets negative codes through, which is not supported"),
-    ),
+    must=(Must("signed", (None, False), "it lets negative codes through, which is not supported"),),
 )
 
 _DICTIONARY_TOPK = {**LINEAR, "b_dec": "b_dec"}
@@ -62,7 +84,7 @@ DICTIONARY_LEARNING = Format(
     weights=("ae.pt",),
     config="config.json",
     marks=("trainer.dict_class",),
-    kind="trainer.dict_class",
+    kind=(Field("trainer.dict_class"),),
     variants={
         "AutoEncoderTopK": Variant("topk", _DICTIONARY_TOPK),
         "BatchTopKSAE": Variant("jumprelu", _DICTIONARY_TOPK | THRESHOLD),
@@ -109,32 +131,43 @@ GEMMA_SCOPE = Format(
     },
 )
 
+_GEMMA = {**OURS, "W_enc": "w_enc", "W_dec": "w_dec", **THRESHOLD}
+
+
+def _gemma_site(at: str) -> tuple[Field, ...]:
+    """A module's output by its Hugging Face name, ours where it is a site of ours."""
+    return (
+        Field(at, r"layers\.(\d+)\.output$", r"layers.\1.resid_post"),
+        Field(at, r"layers\.(\d+)\.post_feedforward_layernorm\.output$", r"layers.\1.mlp_out"),
+        Field(at),
+    )
+
+
 GEMMA_SCOPE_2 = Format(
     "Gemma Scope 2",
     weights=("params.safetensors",),
     config="config.json",
     marks=("architecture", "hf_hook_point_in"),
-    kind="architecture",
+    kind=(Field("architecture"), Field("affine_connection")),
     variants={
-        "jump_relu": Variant(
-            "jumprelu",
-            {**OURS, "W_enc": "w_enc", "W_dec": "w_dec", **THRESHOLD},
-            centred=False,
-        )
+        "jump_relu": Variant("jumprelu", _GEMMA, centred=False),
+        "jump_relu transcoder": Variant("jumprelu_transcoder", _GEMMA, centred=False),
+        "jump_relu affine_connection transcoder": Variant(
+            "jumprelu_skip_transcoder", _GEMMA | {"W_skip": "affine_skip_connection.T"}, centred=False
+        ),
     },
     fields={
-        "site": (
-            Field("hf_hook_point_in", r"layers\.(\d+)\.output$", r"layers.\1.resid_post"),
-            Field(
-                "hf_hook_point_in",
-                r"layers\.(\d+)\.post_feedforward_layernorm\.output$",
-                r"layers.\1.mlp_out",
-            ),
-            Field("hf_hook_point_in"),
-        ),
+        "site": _gemma_site("hf_hook_point_in"),
+        "target_site": _gemma_site("hf_hook_point_out"),
         "model_name": (Field("model_name"),),
     },
-    must=(Must("affine_connection", (None, False), TRANSCODER),),
+    must=(
+        Must(
+            "type",
+            (None, "sae", "transcoder"),
+            "only autoencoders and transcoders of one layer (sae, transcoder) of this format are supported",
+        ),
+    ),
     same=("hf_hook_point_in", "hf_hook_point_out"),
 )
 
@@ -149,7 +182,7 @@ LLAMA_SCOPE = Format(
     weights=("checkpoints/final.safetensors",),
     config="hyperparams.json",
     marks=("d_model", "hook_point_in"),
-    kind="act_fn",
+    kind=(Field("act_fn"),),
     variants={
         "jumprelu": Variant(
             "jumprelu", LINEAR, _LLAMA_CENTRED, (*_LLAMA_FOLDS, one_threshold("jump_relu_threshold"))
@@ -193,8 +226,7 @@ LLAMASCOPIUM = Format(
     weights=("sae_weights.safetensors", "checkpoints/final.safetensors"),
     config="config.json",
     marks=("sae_type", "d_model"),
-    kind="act_fn",
-    default="relu",
+    kind=(Field("act_fn", default="relu"),),
     variants={
         "relu": Variant("relu", _SCOPIUM, _LLAMA_CENTRED, _SCOPIUM_FOLDS),
         "topk": Variant("topk", _SCOPIUM, _LLAMA_CENTRED, _SCOPIUM_FOLDS),
@@ -221,8 +253,7 @@ OPENAI = Format(
     weights=("*.pt",),
     config="",
     marks=("encoder.weight", "pre_bias", "latent_bias"),
-    kind="activation",
-    default="ReLU",
+    kind=(Field("activation", default="ReLU"),),
     variants={
         "ReLU": Variant(
             "relu",
@@ -244,8 +275,7 @@ OPENSAE = Format(
     weights=("model.safetensors",),
     config="config.json",
     marks=("feature_size", "hidden_size"),
-    kind="activation",
-    default="topk",
+    kind=(Field("activation", default="topk"),),
     # Its JumpReLU lets the largest latent fire where none passes the threshold, which ours does not.
     variants={"topk": Variant("topk", {**LINEAR, "W_dec": "W_dec", "b_dec": "b_dec"})},
     fields={

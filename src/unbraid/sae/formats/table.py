@@ -14,12 +14,12 @@ import torch
 from unbraid.manifest.errors import IntegrityError, UserError
 from unbraid.sae.base import SAE, SAEConfig
 from unbraid.sae.formats.folds import Fold, Found, State
-from unbraid.sae.registry import build
+from unbraid.sae.registry import ARCHITECTURES, build
 
 
 @dataclass(frozen=True)
 class Field:
-    """Where a field of `SAEConfig` is said."""
+    """Where the files say something."""
 
     at: str
     """Dotted name in the configuration, or "path" for the path of the weights file."""
@@ -27,6 +27,8 @@ class Field:
     """Regular expression that is searched for in its text."""
     template: str = r"\1"
     """The field, from what the pattern caught."""
+    default: str = ""
+    """The field where the pattern catches nothing."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Variant:
     """apply_b_dec_to_input, or the field that says so (false when missing)."""
     folds: tuple[Fold, ...] = ()
     """What is folded into the weights, in this order."""
+    fields: Mapping[str, tuple[Field, ...]] = field(default_factory=dict[str, "tuple[Field, ...]"])
+    """What its files say elsewhere than the format's others."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +72,16 @@ class Format:
     marks: tuple[str, ...]
     """Fields (without a configuration: tensors) by whose presence the format is known."""
     variants: Mapping[str, Variant]
-    """The architectures, by the value that names them."""
-    kind: str = ""
-    """Field whose value names the architecture; empty where there is one only."""
-    default: str = ""
-    """The value where the field is missing."""
+    """The architectures, by the words that name them."""
+    kind: tuple[Field, ...] = ()
+    """Where these words are said: a text is one, and what is true is the field's own name."""
     fields: Mapping[str, tuple[Field, ...]] = field(default_factory=dict[str, "tuple[Field, ...]"])
-    """Where site, k, model_name are said, and d_in, d_sae, which are only checked; the first place counts."""
+    """Where site, target_site, k, model_name are said, and d_in, d_out, d_sae, which are only checked; the
+    first place counts."""
     must: tuple[Must, ...] = ()
     """Conditions."""
     same: tuple[str, str] | None = None
-    """Two fields, input and output, that agree unless it is a transcoder."""
+    """Two fields, input and output; where they differ, `kind` ends with the word "transcoder"."""
     ignored: tuple[str, ...] = ()
     """Patterns of tensors that do not change the codes or the reconstruction."""
 
@@ -93,22 +96,28 @@ def interpret(row: Format, found: Found, k: int | None = None) -> SAE:
     variant = _variant(row, found)
     _know_all(row, variant, found)
     state = _take(variant, found)
+    kind = ARCHITECTURES[variant.architecture]
     d_in, d_sae = state["W_enc"].shape
-    for name, size in (("d_in", d_in), ("d_sae", d_sae)):
-        said = _field(row, name, found)
+    d_out = state["b_dec"].numel() if kind.reads == "pair" else 0  # 0 is what it reads
+    fields = {**row.fields, **variant.fields}
+    for name, size in (("d_in", d_in), ("d_sae", d_sae), ("d_out", d_out or d_in)):
+        said = _field(fields, name, found)
         if said not in ("", "0", str(size)):
             raise IntegrityError(
-                f"{found.weights}: W_enc means {name} {size} but {found.config} says {said!r}"
+                f"{found.weights}: its tensors mean {name} {size} but {found.config} says {said!r}; fetch or "
+                "make it again"
             )
     centred = variant.centred
     config = SAEConfig(
         architecture=variant.architecture,
         d_in=d_in,
         d_sae=d_sae,
-        k=_k(row, found, k) if variant.architecture == "topk" else 0,
-        site=_field(row, "site", found),
-        model_name=_field(row, "model_name", found),
+        k=_k(fields, found, k) if kind.uses_k else 0,
+        site=_field(fields, "site", found),
+        model_name=_field(fields, "model_name", found),
         apply_b_dec_to_input=centred if isinstance(centred, bool) else found.get(centred) is True,
+        d_out=d_out,
+        target_site=_field(fields, "target_site", found) if d_out else "",
         metadata={"format": row.name},
     )
 
@@ -145,13 +154,16 @@ def assemble(config: SAEConfig, state: State, path: Path, fold: Callable[[State]
 
 
 def _variant(row: Format, found: Found) -> Variant:
-    kind = found.get(row.kind) if row.kind else ""
-    kind = row.default if kind is None else kind
-    if not isinstance(kind, str) or kind not in row.variants:
-        names = ", ".join(row.variants)
+    words, fields = [_said(place, found) for place in row.kind], [place.at for place in row.kind]
+    if row.same:
+        read, written = (found.get(name) for name in row.same)
+        words += ["transcoder"] if read and written and read != written else []
+        fields += row.same
+    kind = " ".join(word for word in words if word)
+    if kind not in row.variants:
         raise UserError(
-            f"{found.config}: {row.kind} is {kind!r}, which is not supported for {row.name}; it must be one "
-            f"of {names}"
+            f"{found.config}: {', '.join(fields)} say {kind!r}, which is not supported for {row.name}; "
+            f"choose one that is {' or '.join(row.variants)}"
         )
     return row.variants[kind]
 
@@ -160,13 +172,6 @@ def _check(row: Format, found: Found) -> None:
     for must in row.must:
         if (value := found.get(must.at)) not in must.values:
             raise UserError(f"{found.config}: {must.at} is {value!r}: {must.otherwise}")
-    if row.same:
-        read, written = (found.get(name) for name in row.same)
-        if read and written and read != written:
-            raise UserError(
-                f"{found.config} describes a transcoder ({row.same[0]} and {row.same[1]} differ); only "
-                f"autoencoders of {row.name} are supported"
-            )
 
 
 def _know_all(row: Format, variant: Variant, found: Found) -> None:
@@ -176,7 +181,7 @@ def _know_all(row: Format, variant: Variant, found: Found) -> None:
         if name not in taken and not any(fnmatchcase(name, pattern) for pattern in row.ignored):
             raise UserError(
                 f"{found.weights} has a tensor {name!r}, which is no part of a {variant.architecture} "
-                f"autoencoder of {row.name}; its kind is not supported"
+                f"of {row.name}; its kind is not supported"
             )
 
 
@@ -214,17 +219,20 @@ def _take(variant: Variant, found: Found) -> State:
     return state
 
 
-def _field(row: Format, name: str, found: Found) -> str:
+def _said(place: Field, found: Found) -> str:
+    value = found.get(place.at)
+    text = place.at if value is True else "" if value is None or value is False else str(value)
+    caught = re.search(place.pattern, text)
+    return caught.expand(place.template) if caught else place.default
+
+
+def _field(fields: Mapping[str, tuple[Field, ...]], name: str, found: Found) -> str:
     """The text of a field; empty where the files do not say."""
-    for place in row.fields.get(name, ()):
-        value = found.get(place.at)
-        if isinstance(value, str | int) and (caught := re.search(place.pattern, str(value))):
-            return caught.expand(place.template)
-    return ""
+    return next(filter(None, (_said(place, found) for place in fields.get(name, ()))), "")
 
 
-def _k(row: Format, found: Found, given: int | None) -> int:
-    said = _field(row, "k", found)
+def _k(fields: Mapping[str, tuple[Field, ...]], found: Found, given: int | None) -> int:
+    said = _field(fields, "k", found)
     if said.isdigit() and given not in (None, int(said)):
         raise UserError(f"{found.config} says k is {said}, not {given}; leave k out")
     if said.isdigit() or given is not None:
