@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 
 from unbraid.activations import stream
 from unbraid.activations.store import ActivationStore
-from unbraid.activations.stream import batches
+from unbraid.activations.stream import ahead, batches
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.record import write_manifest
 
@@ -149,3 +150,33 @@ def test_impossible_requests_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError):
             next(batches(store, SITE, 4, seed=0, **wrong))
+
+
+def test_what_is_made_ahead_is_the_same_and_bounded() -> None:
+    made: list[int] = []
+
+    def items() -> Iterator[int]:
+        for i in range(40):
+            made.append(threading.get_ident())
+            yield i
+
+    threads = torch.get_num_threads()
+    for i, found in enumerate(ahead(items(), 3)):
+        assert found == i and len(made) <= i + 4
+    assert len(made) == 40 and set(made) != {threading.get_ident()} and torch.get_num_threads() == threads
+    assert list(ahead(iter([]))) == []
+
+
+def test_what_fails_ahead_fails_in_its_turn_and_nothing_runs_on() -> None:
+    def items() -> Iterator[int]:
+        yield from range(3)
+        raise UserError("here")
+
+    stream = ahead(items())
+    assert [next(stream) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(UserError, match="here"):
+        next(stream)
+    endless = ahead(iter(int, 1))
+    assert next(endless) == 0
+    endless.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("unbraid-data")]

@@ -6,8 +6,11 @@ therefore gathered from many short runs all over the store, and its rows are dea
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +20,8 @@ from torch import Tensor
 from unbraid.activations.store import ActivationStore
 from unbraid.manifest.errors import UserError
 from unbraid.model.sites import Site
+
+T = TypeVar("T")
 
 # Rows of a run: long enough to read in one go, short enough that a buffer mixes hundreds of places.
 RUN_ROWS = 256
@@ -70,6 +75,23 @@ def batches(
                 yield torch.cat(parts).to(device=device, dtype=torch.float32)
                 parts, ready = [], 0
         del buffer  # before the next group is read: memory is one buffer, not two
+
+
+def ahead(items: Iterator[T], depth: int = 4) -> Iterator[T]:
+    """The same items, made by a thread of their own while those before them are used, at most `depth` of them
+    in advance. What making one raises is raised where it would have come.
+    """
+    threads, end = torch.get_num_threads(), object()
+    pool = ThreadPoolExecutor(1, "unbraid-data", torch.set_num_threads, (1,))
+    try:
+        ready = deque([pool.submit(next, items, end)])
+        ready[0].exception()  # the thread has begun
+        torch.set_num_threads(threads)  # what it has set, MKL takes for all threads
+        while (found := ready.popleft().result()) is not end:
+            ready.extend(pool.submit(next, items, end) for _ in range(depth - len(ready)))
+            yield found
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def check_aligned(one: ActivationStore, other: ActivationStore) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from unbraid.activations.store import ActivationStore
+from unbraid.activations.stream import ahead
 from unbraid.manifest.files import building
 from unbraid.manifest.progress import Progress
 from unbraid.sae.base import SAE
@@ -122,7 +123,7 @@ def advance(runs: Sequence[Run], progress: Progress | None) -> None:
     if progress is not None:
         progress(first, config.steps, f"kernels: {', '.join(dict.fromkeys(r.stepper.name for r in runs))}")
     batches = stream(wanted, config.batch_size, seed=config.seed, steps=config.steps, start=first)
-    for step, found in enumerate(batches, first):
+    for step, found in enumerate(ahead(batches), first):
         for run in runs:
             if run.step == step:
                 run.learn(found)
