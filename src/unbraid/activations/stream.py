@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -89,7 +89,7 @@ def ahead(items: Iterator[T], depth: int = 4) -> Iterator[T]:
         torch.set_num_threads(threads)  # what it has set, MKL takes for all threads
         while (found := ready.popleft().result()) is not end:
             ready.extend(pool.submit(next, items, end) for _ in range(depth - len(ready)))
-            yield found
+            yield cast(T, found)
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -113,7 +113,7 @@ class Screen:
         self.shadow = torch.zeros(self.width // loops.GROUP, words, loops.GROUP, dtype=torch.int32).numpy()
         self.shift, self.unit = np.zeros(self.width, np.int32), np.zeros(self.width, np.float32)
         self.length = np.zeros(self.width, np.float32)
-        self.local, self.room = threading.local(), 128 * CHUNK_ROWS
+        self.local = threading.local()
         edges = np.linspace(0, F, PARTS + 1).astype(np.int64)
         side_by_side(lambda part: self.refresh(edges[part], edges[part + 1]), range(PARTS))
 
@@ -135,27 +135,30 @@ class Screen:
 
     def entries(self, x: Tensor, bias: F32, wanted: int) -> tuple[I64, I32, F32]:
         """Those of x (m, d) that may be among the `wanted` largest of x W_encᵀ + bias in a row, or exceed 0
-        there where `wanted` is 0, with exact pre-activations; the first two as in `loops.candidates`.
+        there where `wanted` is 0, with exact pre-activations; the first two as in `loops.candidates`. The
+        last two are written over by the next call in this thread.
         """
         m, F = len(x), len(bias)
-        scores, best, off = (self._by_int8 if self.kind == "int8" else self._by_float32)(x, bias)
+        scores, best, off = self.scores(x, bias)
         if 2 * loops.GROUP * wanted <= F:  # so that there are groups enough
             off = off.reshape(-1, loops.GROUP).max(axis=1)[: -(-F // loops.GROUP)]
         else:
             best, off = scores, off[:F]
         if wanted:
             off /= 2  # two scores are compared, each may be wrong by so much
-        starts = np.empty(m + 1, np.int64)
-        given = (scores, best, off, wanted, starts)
-        while (found := loops.candidates(*given, latents := np.empty(self.room, np.int32))) < 0:
-            self.room *= 2
-        latents, values = latents[:found], np.empty(found, np.float32)
+        starts, kept = np.empty(m + 1, np.int64), self._kept()
+        while (found := loops.candidates(scores, best, off, wanted, starts, kept.latents)) < 0:
+            kept.make_room(2 * len(kept.latents))
+        latents, values = kept.latents[:found], kept.values[:found]
         loops.pre_activations(x.numpy(), self.W_enc, self.b_enc, starts, latents, values)
         return starts, latents, values
 
+    def scores(self, x: Tensor, bias: F32) -> tuple[F32, F32, F32]:
+        """Rough pre-activations of x (m, d), each row in a unit of its own, (m, width); the largest of each
+        group; and how much they may be wrong, (width,)."""
+        return (self._by_int8 if self.kind == "int8" else self._by_float32)(x, bias)
+
     def _by_int8(self, x: Tensor, bias: F32) -> tuple[F32, F32, F32]:
-        """Rough pre-activations of x (m, d) in units of its rows, (m, width), the largest of each group, and
-        how much they may be wrong, (width,)."""
         m, kept = len(x), self._kept()
         unit, length = np.empty(m, np.float32), np.empty(m, np.float32)
         loops.quantise_rows(x.numpy(), kept.x.view(np.int8), unit, length)
@@ -171,7 +174,6 @@ class Screen:
         return kept.scores[:m], kept.best[:m], np.float32(SIGMAS) * np.sqrt(rounding / np.float32(12))
 
     def _by_float32(self, x: Tensor, bias: F32) -> tuple[F32, F32, F32]:
-        """The same of the product in float32, in units of 1."""
         scores, best = (torch.from_numpy(kept)[: len(x)] for kept in (self._kept().scores, self._kept().best))
         weight = torch.from_numpy(self.W_enc).T
         torch.addmm(torch.from_numpy(bias), x, weight, out=scores[:, : len(bias)])
@@ -197,6 +199,11 @@ class Kept:
         self.bias = torch.full((width,), -torch.inf).numpy()
         self.scores = torch.full((CHUNK_ROWS, width), -torch.inf).numpy()
         self.best = torch.empty(CHUNK_ROWS, width // loops.GROUP).numpy()
+        self.make_room(128 * CHUNK_ROWS)
+
+    def make_room(self, entries: int) -> None:
+        """For so many candidates."""
+        self.latents, self.values = np.empty(entries, np.int32), np.empty(entries, np.float32)
 
 
 def top_k_pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
