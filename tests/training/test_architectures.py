@@ -97,6 +97,19 @@ def test_one_site(store: ActivationStore, tmp_path: Path, name: str) -> None:
     assert all(recorded[key] == (list(v) if isinstance(v, tuple) else v) for key, v in options.items())
 
 
+@pytest.mark.parametrize("name", ["relu", *(name for name in ONE_SITE if name != "matryoshka")])
+def test_products_of_bfloat16_learn_the_same(store: ActivationStore, tmp_path: Path, name: str) -> None:
+    options, _ = ONE_SITE.get(name, ({}, ""))
+    (x,) = batches(store, store.sites[0], 4000, seed=5, steps=1)
+    fvu: dict[str, float] = {}
+    for precision in ("float32", "bf16"):
+        config = replace(SMALL, architecture=name.split(",")[0], options=options, kernels="plain")
+        sae = train(store, None, replace(config, precision=precision), tmp_path / precision)
+        assert all(p.dtype == torch.float32 for p in sae.state_dict().values())
+        fvu[precision] = _fvu(sae, x, x)
+    assert fvu["bf16"] != fvu["float32"] and abs(fvu["bf16"] - fvu["float32"]) < 0.02
+
+
 @pytest.mark.parametrize(
     ("architecture", "options"),
     [

@@ -100,15 +100,16 @@ def top_k_pre_activations(
 
 
 def selected(x: Tensor, W_enc: Tensor, b_enc: Tensor, indices: Tensor, values: Tensor) -> Tensor:
-    """`values` (n, k), known to be (x @ W_enc + b_enc) at `indices` (n, k), with the gradients of that."""
-    return cast(Tensor, _Selected.apply(x, W_enc, b_enc, indices, values))
+    """`values` (n, k), known to be (x @ W_enc + b_enc) at `indices` (n, k), with the gradients of that and in
+    the weights' type, whatever the product was computed in."""
+    return cast(Tensor, _Selected.apply(x, W_enc, b_enc, indices, values.to(W_enc.dtype)))
 
 
 def decode(codes: SparseCodes, W_dec: Tensor) -> Tensor:
     """Σ_j value_j · W_dec[j] for each row of codes: shape (n, d_in), from W_dec of shape (d_sae, d_in)."""
     if codes.values.shape[1] == 0:
         return W_dec.new_zeros(len(codes.values), W_dec.shape[1])
-    return cast(Tensor, _Decode.apply(codes.indices, codes.values, W_dec))
+    return cast(Tensor, _Decode.apply(codes.indices, codes.values.to(W_dec.dtype), W_dec))
 
 
 class _Selected(torch.autograd.Function):

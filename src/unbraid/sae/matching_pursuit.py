@@ -58,9 +58,9 @@ class MatchingPursuitSAE(SAE):
     def _encode(self, centred: Tensor) -> SparseCodes:
         taken, going = self._choose(centred.detach())
         rows = self.W_dec[taken] * going[:, :, None]  # (n, k, d_in)
-        gram = (rows @ rows.transpose(1, 2)).tril(-1)
+        gram = (rows @ rows.transpose(1, 2)).to(rows.dtype).tril(-1)
         steps = gram + torch.eye(taken.shape[1], dtype=gram.dtype, device=gram.device)
-        product = (rows @ centred[:, :, None]).squeeze(2)
+        product = (rows @ centred[:, :, None]).to(rows.dtype).squeeze(2)
         values = torch.linalg.solve_triangular(steps, product[:, :, None], upper=False).squeeze(2)
         # A latent taken twice: all it got goes to its first place.
         same = (taken[:, :, None] == taken[:, None, :]) & going[:, :, None] & going[:, None, :]

@@ -59,7 +59,7 @@ class Run:
         self.scaling, self.target_scaling = (s.to(self.device) for s in _measure(sources, config.seed))
         self.sae = self._initialised()
         self.optimizer = Adam(self.sae)
-        self.stepper = stepper(self.sae, self.optimizer, config.kernels)
+        self.stepper = stepper(self.sae, self.optimizer, config.kernels, config.precision)
         self.step = 0
         # Tokens since each latent last fired; since the last log: squared error, Σ‖target‖², active latents,
         # tokens.

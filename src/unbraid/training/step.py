@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from unbraid.sae.base import SAE
 from unbraid.sae.objective import StepContext, StepReport
 from unbraid.training.adam import Adam
+
+Precision = Literal["float32", "bf16"]
 
 
 class Stepper(Protocol):
@@ -38,16 +41,21 @@ class Stepper(Protocol):
 class PlainStep:
     """PyTorch's own operations, for every architecture and device."""
 
-    name = "plain PyTorch"
     own_threads = False
 
-    def __init__(self, sae: SAE, optimizer: Adam) -> None:
-        self.sae, self.optimizer = sae, optimizer
+    def __init__(self, sae: SAE, optimizer: Adam, precision: Precision = "float32") -> None:
+        self.sae, self.optimizer, self.low = sae, optimizer, precision == "bf16"
+
+    @property
+    def name(self) -> str:
+        """What it computes with, in a few words."""
+        return "plain PyTorch" + ", products of bfloat16" * self.low
 
     def step(self, x: Tensor, target: Tensor, context: StepContext, number: int, lr: float) -> StepReport:
         """Gradients, without what only changes lengths; Adam; unit decoder rows again."""
         self.optimizer.zero_grad()
-        report = self.sae.backward(x, target, context)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.low):
+            report = self.sae.backward(x, target, context)
         self.sae.constrain_gradient()
         self.optimizer.step(number, lr)
         self.sae.constrain()

@@ -12,7 +12,7 @@ from unbraid.sae.kernels.cpu import Precision
 from unbraid.sae.matryoshka import MatryoshkaSAE
 from unbraid.sae.relu import ReLUSAE
 from unbraid.sae.topk import TopKSAE
-from unbraid.training import gpu
+from unbraid.training import gpu, step
 from unbraid.training.adam import Adam
 from unbraid.training.compiled import CompiledStep, TopKStep
 from unbraid.training.compiled_threshold import BatchTopKStep, JumpReLUStep, ReLUStep
@@ -21,11 +21,14 @@ from unbraid.training.step import PlainStep, Stepper
 Kernels = Literal["auto", "plain"]
 
 
-def stepper(sae: SAE, optimizer: Adam, kernels: Kernels = "auto") -> Stepper:
-    """Compiled loops or a GPU's kernels for what they serve; PyTorch's operations otherwise."""
+def stepper(
+    sae: SAE, optimizer: Adam, kernels: Kernels = "auto", precision: step.Precision = "float32"
+) -> Stepper:
+    """Compiled loops or a GPU's kernels for what they serve; PyTorch's operations, with products of that
+    precision, otherwise."""
     if kernels == "auto" and gpu.fits(sae):
         return gpu.GPUTopKStep(sae, optimizer)
-    return (compiled(sae, optimizer) if kernels == "auto" else None) or PlainStep(sae, optimizer)
+    return (compiled(sae, optimizer) if kernels == "auto" else None) or PlainStep(sae, optimizer, precision)
 
 
 def compiled(sae: SAE, optimizer: Adam, *, precision: Precision | None = None) -> CompiledStep | None:
