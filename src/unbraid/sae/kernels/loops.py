@@ -338,7 +338,7 @@ def _bar(keys: F32, wanted: int) -> np.float32:
 @intrinsic
 def _reach(_: Any, keys: Any, bar: Any, first: Any, out: Any) -> Any:
     """Which of LANES float32 at address `keys` are `bar` or more: writes first + lane of each to int32 at
-    address `out`, one after the other, and returns how many.
+    address `out`, one after the other, and returns how many; what follows them in the LANES there is lost.
     """
 
     def emit(_: Any, builder: Any, __: Any, given: Any) -> Any:
@@ -347,14 +347,15 @@ def _reach(_: Any, keys: Any, bar: Any, first: Any, out: Any) -> Any:
         integers, mask = ir.VectorType(word, LANES), ir.VectorType(ir.IntType(1), LANES)
         floats = ir.VectorType(bar.type, LANES)
 
-        name = "llvm.masked.compressstore.v16i32"
-        store = _instruction(builder, name, ir.VoidType(), integers, word.as_pointer(), mask)
+        name = "llvm.experimental.vector.compress.v16i32"  # in registers: into memory it is slow on some
+        compress = _instruction(builder, name, integers, integers, mask, integers)
         values = builder.load(builder.inttoptr(keys, floats.as_pointer()), align=4)
         reach = builder.fcmp_ordered(">=", values, _everywhere(builder, bar))
         lanes = builder.add(
             _everywhere(builder, builder.trunc(first, word)), ir.Constant(integers, list(range(LANES)))
         )
-        builder.call(store, [lanes, builder.inttoptr(out, word.as_pointer()), reach])
+        found = builder.call(compress, [lanes, reach, ir.Constant(integers, ir.Undefined)])
+        builder.store(found, builder.inttoptr(out, integers.as_pointer()), align=4)
         return builder.zext(builder.ctpop(builder.bitcast(reach, ir.IntType(LANES))), size)
 
     return types.intp(types.intp, types.float32, types.intp, types.intp), emit
@@ -370,7 +371,7 @@ def candidates(scores: F32, best: F32, off: F32, wanted: int, starts: I64, laten
     the best of as many groups reach as are wanted, at least as many latents surely reach.
     """
     groups, size = len(off), scores.shape[1] // best.shape[1]
-    surely, near = np.empty(groups, np.float32), np.empty(groups, np.int32)
+    surely, near = np.empty(groups, np.float32), np.empty(groups + LANES, np.int32)
     perhaps = np.full(-(-groups // LANES) * LANES, -np.inf, np.float32)
     groups_at, near_at = perhaps.ctypes.data, near.ctypes.data
     table, out = scores.ctypes.data, latents.ctypes.data
@@ -386,7 +387,7 @@ def candidates(scores: F32, best: F32, off: F32, wanted: int, starts: I64, laten
         many = 0
         for g in range(0, groups, LANES):
             many += _reach(groups_at + 4 * g, bar, g, near_at + 4 * many)  # pyright: ignore[reportCallIssue]
-        if found + many * size > len(latents):
+        if found + many * size + LANES > len(latents):
             return -1
         if size == 1:
             latents[found : found + many] = near[:many]
