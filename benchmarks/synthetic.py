@@ -2,6 +2,7 @@
 
     make bench NAME=synthetic JSON=out.json
     python benchmarks/synthetic.py --arch topk --seeds 0 --samples 200000     # a part of it
+    python benchmarks/synthetic.py --keep runs.jsonl     # what is there already is not trained again
 
 The world is SAELens's own `SyntheticModel`: features in superposition that fire by Zipf's law, correlated, in
 a hierarchy. Its samples go to disk as a capture; `unbraid.training` trains on it, and SAELens's `SAETrainer`
@@ -22,7 +23,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -214,20 +215,68 @@ def judge(sae: Any, w: World, seed: int) -> dict[str, float]:
     }  # fmt: skip
 
 
-def tuned(tool: str, arch: str, w: World, lr: float, given: argparse.Namespace) -> float:
-    """The weight of a sparsity term with which about as many latents fire as features do.
+class Bench:
+    """Trains and judges, each thing once; what `--keep` names holds everything that was finished."""
 
-    Searched by its logarithm: doubled or halved until the number is passed, then halved in between.
-    """
-    weight, low, high = 1.0, None, None
-    for _ in range(given.search):
-        l0 = judge(TOOLS[tool](w, arch, lr, weight, 0, given), w, 0)["l0"]
-        say(f"  {tool} {arch}: weight {weight:.3g} gives L0 {l0:.1f}")
-        if abs(l0 / w.l0 - 1) <= MARGIN:
-            break
-        low, high = (weight, high) if l0 > w.l0 else (low, weight)
-        weight = (low * high) ** 0.5 if low and high else weight * (3 if l0 > w.l0 else 1 / 3)
-    return weight
+    def __init__(self, given: argparse.Namespace, folder: Path) -> None:
+        self.given, self.folder, self.made = given, folder, dict[int, World]()
+        self.rows: dict[str, dict[str, float]] = {}
+        if given.keep and given.keep.exists():
+            lines = given.keep.read_text(encoding="utf-8").splitlines()
+            self.rows = {line["what"]: line["found"] for line in map(json.loads, lines)}
+
+    def once(self, what: str, work: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """What `work` finds, or found in an earlier run of the same size."""
+        sizes = ("features", "d", "width", "samples", "steps", "batch")
+        key = " ".join([*(f"{name}={getattr(self.given, name)}" for name in sizes), what])
+        if key not in self.rows:
+            self.rows[key] = work()
+            if self.given.keep:
+                with self.given.keep.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"what": key, "found": self.rows[key]}) + "\n")
+        return self.rows[key]
+
+    def world(self, seed: int) -> World:
+        """The world of that seed; only the last one is kept."""
+        if seed not in self.made:
+            for old in self.made:
+                shutil.rmtree(self.folder / f"{old}")
+            self.made = {seed: world(self.given, seed, self.folder / f"{seed}")}
+        return self.made[seed]
+
+    def l0(self, seed: int) -> float:
+        """How many features fire."""
+        return self.once(f"world seed={seed}", lambda: {"l0": self.world(seed).l0})["l0"]
+
+    def run(self, tool: str, arch: str, lr: float, weight: float, seed: int) -> dict[str, float]:
+        """One autoencoder, trained and judged."""
+
+        def work() -> dict[str, float]:
+            w, started = self.world(seed), time.monotonic()
+            row = judge(TOOLS[tool](w, arch, lr, weight, seed, self.given), w, seed)
+            return row | {"seconds": time.monotonic() - started}
+
+        row = self.once(f"tool={tool} arch={arch} lr={lr:g} weight={weight:.6g} seed={seed}", work)
+        say(
+            f"  seed {seed} {tool:8} {arch:11} lr {lr:g} weight {weight:.3g} "
+            + " ".join(f"{name} {value:.3f}" for name, value in row.items())
+        )
+        return row
+
+    def tuned(self, tool: str, arch: str, lr: float) -> float:
+        """The weight of a sparsity term with which about as many latents fire as features do, with the first
+        seed.
+
+        Searched by its logarithm: times 3 or a third until the number is passed, then halved in between.
+        """
+        weight, low, high, seed = 1.0, None, None, self.given.seeds[0]
+        for _ in range(0 if arch in FIXED else self.given.search):
+            l0 = self.run(tool, arch, lr, weight, seed)["l0"]
+            if abs(l0 / self.l0(seed) - 1) <= MARGIN:
+                break
+            low, high = (weight, high) if l0 > self.l0(seed) else (low, weight)
+            weight = (low * high) ** 0.5 if low and high else weight * (3 if high is None else 1 / 3)
+        return weight
 
 
 def say(text: str) -> None:
@@ -247,45 +296,24 @@ def main() -> None:
     parser.add_argument("--arch", nargs="+", choices=everything, default=everything)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--lr", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3])
+    parser.add_argument("--keep", type=Path, help="JSON Lines of what was finished, read and added to")
     parser.add_argument("--out", type=Path, help="file for the result as JSON")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
     lrs: dict[str, float] = {}
     weights: dict[tuple[str, str], float] = {}
-    folder = Path(tempfile.mkdtemp())
-    try:
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(given, Path(folder))
+        for tool in TOOLS:
+            scores = {lr: bench.run(tool, "topk", lr, 1.0, given.seeds[0])["f1"] for lr in given.lr}
+            lrs[tool] = max(scores, key=lambda lr: scores[lr])
+        pairs = [(t, a) for a in given.arch for t in TOOLS if not (t == "saelens" and a == "lista")]
+        weights = {(t, a): bench.tuned(t, a, lrs[t]) for t, a in pairs}
         for seed in given.seeds:
-            started = time.monotonic()
-            w = world(given, seed, folder / f"{seed}")
-            say(f"seed {seed}: {w.l0:.1f} features fire; sampled in {time.monotonic() - started:.0f} s")
-            for tool in TOOLS:
-                if tool not in lrs:
-                    scores = {
-                        lr: judge(TOOLS[tool](w, "topk", lr, 1.0, seed, given), w, seed) for lr in given.lr
-                    }
-                    lrs[tool] = max(scores, key=lambda lr: scores[lr]["f1"])
-                    say(f"  {tool}: " + ", ".join(f"lr {lr:g} F1 {s['f1']:.3f}" for lr, s in scores.items()))
-            for arch in given.arch:
-                for tool in TOOLS:
-                    if arch == "lista" and tool == "saelens":
-                        continue
-                    key = (tool, arch)
-                    if key not in weights:
-                        weights[key] = 1.0 if arch in FIXED else tuned(tool, arch, w, lrs[tool], given)
-                    started = time.monotonic()
-                    sae = TOOLS[tool](w, arch, lrs[tool], weights[key], seed, given)
-                    took = time.monotonic() - started
-                    row = judge(sae, w, seed)
-                    found.setdefault(key, []).append(row)
-                    say(
-                        f"  {tool:8} {arch:11} "
-                        + " ".join(f"{n} {v:.3f}" for n, v in row.items())
-                        + f"  {took:.0f} s"
-                    )
-            shutil.rmtree(folder / f"{seed}")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+            for tool, arch in pairs:
+                row = bench.run(tool, arch, lrs[tool], weights[tool, arch], seed)
+                found.setdefault((tool, arch), []).append(row)
     report(found, lrs, weights, given)
 
 
@@ -309,7 +337,7 @@ def report(
                 line += f"{m.value:8.1f}" if name == "l0" else f"{m.value:8.1%}"
         print(line)
     if given.out:
-        work = {k: v for k, v in vars(given).items() if k != "out"}
+        work = {k: v for k, v in vars(given).items() if k not in ("out", "keep")}
         work |= {"lr": lrs, "weights": {f"{tool} {arch}": w for (tool, arch), w in weights.items()}}
         ratios = {
             f"synthetic_{arch}_{n}_vs_saelens": sum(r[n] for r in found["unbraid", arch])
