@@ -75,6 +75,8 @@ class Format:
     """The architectures, by the words that name them."""
     kind: tuple[Field, ...] = ()
     """Where these words are said: a text is one, and what is true is the field's own name."""
+    unsaid: str = ""
+    """What it means that no word is said, as the end of a sentence, where that is not one of the variants."""
     fields: Mapping[str, tuple[Field, ...]] = field(default_factory=dict[str, "tuple[Field, ...]"])
     """Where site, target_site, k, model_name are said, and d_in, d_out, d_sae, which are only checked; the
     first place counts."""
@@ -161,6 +163,8 @@ def _variant(row: Format, found: Found) -> Variant:
         fields += row.same
     kind = " ".join(word for word in words if word)
     if kind not in row.variants:
+        if not kind and row.unsaid:
+            raise UserError(f"{found.config}: {row.unsaid}")
         raise UserError(
             f"{found.config}: {', '.join(fields)} say {kind!r}, which is not supported for {row.name}; "
             f"choose one that is {' or '.join(row.variants)}"
