@@ -7,13 +7,16 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check bench clean
+.PHONY: demo test kills check bench clean
 
 demo: .venv/.runtime  ## the whole story on the embedded practice assistant
 	$(BIN)/unbraid demo
 
 test: .venv/.dev  ## every test
 	$(BIN)/python -m pytest -q
+
+kills: .venv/.dev  ## every kind of training killed ten times, against an undisturbed run
+	OMP_NUM_THREADS=1 $(BIN)/python tests/training/test_killed.py $(ARGS)
 
 check: .venv/.dev  ## style, types and the order of the rooms
 	$(BIN)/ruff check .

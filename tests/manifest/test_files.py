@@ -50,6 +50,12 @@ def test_a_full_disk_is_named_with_the_file(tmp_path: Path, refusal: Exception) 
     assert ".out.partial" in str(caught.value.filename)
 
 
+def test_a_file_that_may_not_be_so_large_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="too large") as caught, writing(tmp_path / "shard"):
+        raise OSError(errno.EFBIG, "File too large")
+    assert caught.value.filename == str(tmp_path / "shard") and not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
 def test_a_really_full_device_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="the disk is full"), writing(tmp_path / "shard") as temporary:

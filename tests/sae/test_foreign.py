@@ -176,6 +176,11 @@ def _opensae(folder: Path, **changes: Any) -> Path:
     return _put(folder, tensors, "model.safetensors", config | changes, "config.json")
 
 
+def _gemma(folder: Path, kind: str) -> Path:
+    place = folder / f"gemma-scope-2b-pt-{kind}/layer_2/width_16k/average_l0_9"
+    return _put(place, MATRICES | {"threshold": P["t"]}, "params.npz")
+
+
 def _gemma2(folder: Path, **changes: Any) -> Path:
     hook = "model.layers.2.output"
     config = {"architecture": "jump_relu", "model_name": "tiny", "affine_connection": False, "type": "sae"}
@@ -191,6 +196,15 @@ GEMMA_IN = "model.layers.2.pre_feedforward_layernorm.output"
 def _gemma2_transcoder(folder: Path, **changes: Any) -> Path:
     hooks = {"hf_hook_point_in": GEMMA_IN, "hf_hook_point_out": GEMMA_IN.replace("pre_", "post_")}
     return _gemma2(folder, **({"type": "transcoder"} | hooks | changes))
+
+
+def _gemma2_layers(folder: Path) -> Path:
+    """A cross-layer transcoder of two layers."""
+    tensors = {"w_enc": P["E"], "b_enc": P["e"], "b_dec": P["b"], "threshold": P["t"]}
+    for layer in range(2):
+        W = torch.stack([P["W"], P["W"] * (layer == 0)], dim=1)
+        _put(folder, tensors | {"w_dec": W}, f"params_layer_{layer}.safetensors")
+    return folder
 
 
 def _openai(folder: Path, activation: str = "ReLU") -> Path:
@@ -339,11 +353,22 @@ CASES = {
     ),
     "gemma scope": _case(
         "Gemma Scope",
-        lambda f: _put(
-            f / "gemma-scope-2b-pt-res/layer_2/width_16k/l0_9", MATRICES | {"threshold": P["t"]}, "params.npz"
-        ),
+        lambda f: _gemma(f, "res"),
         "jumprelu",
         _jump(PLAIN, P["t"]),
+    ),
+    "gemma scope transcoder": _across(
+        "Gemma Scope",
+        lambda f: _gemma(f, "transcoders"),
+        _jump(PLAIN, P["t"]),
+        site="blocks.2.ln2.hook_normalized",
+    ),
+    "gemma scope, MLP": _case(
+        "Gemma Scope",
+        lambda f: _gemma(f, "mlp"),
+        "jumprelu",
+        _jump(PLAIN, P["t"]),
+        site="layers.2.mlp_out",
     ),
     "gemma scope, embeddings": Case(
         "Gemma Scope",
@@ -428,7 +453,19 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "sparsify signed": (lambda f: _sparsify(f, signed=True), "negative"),
     "dictionary crosscoder": (lambda f: _dictionary(f, "CrossCoder", LINEAR), "'CrossCoder'"),
+    "gemma scope without its repository's name": (
+        lambda f: _put(f / "layer_2/width_16k/l0_9", MATRICES | {"threshold": P["t"]}, "params.npz"),
+        "params.npz: only the name of its repository",
+    ),
     "gemma scope 2 across layers": (lambda f: _gemma2_transcoder(f, type="clt"), "type is 'clt'"),
+    "gemma scope 2 in a file a layer": (
+        _gemma2_layers,
+        "cross-layer transcoder or crosscoder of Gemma Scope 2",
+    ),
+    "gemma scope 2, one layer of several": (
+        lambda f: _gemma2_layers(f) / "params_layer_1.safetensors",
+        "cross-layer transcoder or crosscoder of Gemma Scope 2",
+    ),
     "gemma scope 2 autoencoder with a skip": (
         lambda f: _gemma2(f, affine_connection=True),
         "'jump_relu affine_connection'",
@@ -515,6 +552,28 @@ def test_a_transcoder_of_another_size_than_its_configuration_says(tmp_path: Path
     save_file(tensors | narrow | {"W_skip": tensors["W_skip"][:4].clone()}, path)
     with pytest.raises(IntegrityError, match=r"d_out 4 but .*cfg\.json says '6'"):
         SAE.from_pretrained(folder)
+
+
+def test_saelens_reads_gemmas_first_transcoders_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through its own loader of the Hub's files, which is given local ones."""
+    sae_lens = pytest.importorskip("sae_lens", reason="the oracle of Gemma Scope's transcoders")
+    loaders = pytest.importorskip("sae_lens.loading.pretrained_sae_loaders")
+    folder = CASES["gemma scope transcoder"].write(tmp_path)
+    monkeypatch.setattr(loaders, "hf_hub_download", lambda filename, **_: str(tmp_path / filename))
+    config, state, _ = loaders.gemma_2_transcoder_huggingface_loader(
+        "gemma-scope-2b-pt-transcoders", str(folder), cfg_overrides={"d_in": D, "d_out": D, "d_sae": F}
+    )
+    theirs = sae_lens.SAE.from_dict(config)
+    theirs.load_state_dict(state)
+    ours = SAE.from_pretrained(folder)
+    assert ours.config.architecture == theirs.cfg.architecture()
+    assert ours.config.site == config["hook_name"]
+    assert Site.parse(config["hook_name_out"]) == Site.parse(ours.config.target_site)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.encode_dense(_x()), theirs.encode(_x()), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours(_x()).x_hat, theirs(_x()), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gemma scope 2 transcoder", "gemma scope 2 affine"])
@@ -618,5 +677,5 @@ def test_the_path_counts_from_where_one_stands(tmp_path: Path, monkeypatch: pyte
     whole = SAE.from_pretrained(folder)
     monkeypatch.chdir(folder)
     assert torch.equal(SAE.from_pretrained(Path("params.npz")).W_enc, whole.W_enc)
-    plain = _put(tmp_path / "embedding" / "layer_2" / "width_4k" / "l0_9", tensors, "params.npz")
+    plain = _gemma(tmp_path / "embedding", "res")
     assert torch.equal(SAE.from_pretrained(plain).W_enc, P["E"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -114,4 +116,17 @@ def test_what_is_not_a_dictionary_of_tensors_is_said(tmp_path: Path) -> None:
         archive.writestr("W_enc.npy", b"not an array")
     (tmp_path / "model.pt").unlink()
     with pytest.raises(IntegrityError, match="damaged"):
+        SAE.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["topk", "lista", "gated", "jumprelu_skip_transcoder"])
+@pytest.mark.parametrize("width", [3, 4 * 10**12, 10**30])
+def test_a_wrong_width_asks_for_no_memory(
+    random_sae: Callable[..., SAE], name: str, width: int, tmp_path: Path
+) -> None:
+    """Ten terabytes or more, or fewer latents than fire: the file's name, and no word of an allocator."""
+    random_sae(name).save_pretrained(tmp_path)
+    path = tmp_path / "cfg.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"d_sae": width}))
+    with pytest.raises((UserError, IntegrityError), match=re.escape(str(tmp_path))):
         SAE.from_pretrained(tmp_path)

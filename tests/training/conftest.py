@@ -28,23 +28,30 @@ def _planted(
     return (7.0 * (codes @ directions) + 5.0).astype(np.float32)
 
 
-def _store(folder: Path, x: NDArray[np.float32], shard_tokens: int = 2048) -> ActivationStore:
+def _store(
+    folder: Path,
+    x: NDArray[np.float32],
+    shard_tokens: int = 2048,
+    sites: tuple[str, ...] = ("layers.1.resid_post",),
+    model_id: str = "m" * 64,
+) -> ActivationStore:
     folder.mkdir(parents=True)
     for index, start in enumerate(range(0, len(x), shard_tokens)):
         rows = torch.from_numpy(x[start : start + shard_tokens])
         columns = {name: torch.zeros(len(rows), dtype=torch.int32) for name in COLUMNS}
-        save_file({"layers.1.resid_post": rows, **columns}, folder / shard_name(index))
+        parts = [part.contiguous() for part in rows.chunk(len(sites), dim=1)]
+        save_file({**dict(zip(sites, parts, strict=True)), **columns}, folder / shard_name(index))
     (folder / DOCUMENTS).write_text('{"id": "a", "tokens": 1, "captured": 1}\n')
     write_manifest(
         folder,
         kind="activations",
         command="",
         seed=0,
-        inputs={"model": "m" * 64, "tokenizer": "t" * 64},
+        inputs={"model": model_id, "tokenizer": "t" * 64},
         facts={
             "model": "tiny",
-            "sites": ["layers.1.resid_post"],
-            "d_in": x.shape[1],
+            "sites": list(sites),
+            "d_in": x.shape[1] // len(sites),
             "tokens": len(x),
             "documents": 1,
             "context": 256,
@@ -58,7 +65,7 @@ def _store(folder: Path, x: NDArray[np.float32], shard_tokens: int = 2048) -> Ac
 
 @pytest.fixture(scope="session")
 def make_store() -> Callable[..., ActivationStore]:
-    """Writes activations (n, d_in) as a finished capture."""
+    """Writes activations (n, d_in), those of several sites side by side, as a finished capture."""
     return _store
 
 

@@ -255,3 +255,17 @@ def test_jobs_of_different_streams_are_refused(store: ActivationStore, tmp_path:
     with pytest.raises(ValueError, match="same seed"):
         train_together([one, replace(two, config=replace(two.config, seed=1))])
     assert not list(tmp_path.iterdir())
+
+
+def test_killed_while_it_finishes_it_goes_on_from_its_checkpoint(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(training_run, "write_manifest", stop)
+        train(store, None, SMALL, tmp_path / "sae")
+    steps: list[int] = []
+    train(store, None, SMALL, tmp_path / "sae", progress=lambda done, total, note="": steps.append(done))
+    assert steps[0] == 120 and "checkpoint.safetensors" not in check_files(tmp_path / "sae").files

@@ -23,7 +23,7 @@ def writing(path: Path) -> Generator[Path, None, None]:
 
     For libraries that write a file themselves (Parquet, safetensors); its folder is made if it is missing.
     On an error the temporary file is removed and whatever stood at `path` stays. Raises OSError, naming
-    `path`, when the disk is full.
+    `path`, when the disk is full or the system refuses otherwise.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{os.getpid()}{WRITING}"
@@ -36,6 +36,10 @@ def writing(path: Path) -> Generator[Path, None, None]:
         temporary.unlink(missing_ok=True)
         if _disk_is_full(error):
             raise _named(error, path) from error
+        if (
+            isinstance(error, OSError) and error.errno and error.filename is None
+        ):  # larger than files may be, …
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 

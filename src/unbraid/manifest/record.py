@@ -78,13 +78,15 @@ def write_manifest(
     inputs: Mapping[str, str],
     facts: Mapping[str, Any],
     paths: Mapping[str, Path] | None = None,
+    without: str = "",
 ) -> Manifest:
     """Hash every file below `folder`, write `manifest.json` into it and return what was written.
 
+    The file `without` is not listed: one that is needed until there is a manifest, and then removed.
     `paths` says where inputs lie on this machine; they are stored relative to `folder`. Raises ValueError for
     an input or file called "time" or "times" (ids leave such keys out) and for NaN among the facts.
     """
-    files = {name: _entry(folder / name) for name in list_files(folder)}
+    files = {name: _entry(folder / name) for name in list_files(folder) if name != without}
     if clash := TIME_KEYS & (files.keys() | inputs.keys()):
         raise ValueError(f"an input or file cannot be called {min(clash)!r}: ids leave times out")
     made_by = MadeBy(version=_version(), command=command, seed=seed)

@@ -208,7 +208,6 @@ class _Run:
             sae = self.sae.calibrated(rows).requires_grad_(False).cpu()
         save_sae(sae, self.folder)
         write_text(self.folder / LOG, "".join(json.dumps(row) + "\n" for row in self.rows))
-        (self.folder / FILE).unlink(missing_ok=True)
         write_manifest(
             self.folder,
             kind=KIND,
@@ -228,7 +227,9 @@ class _Run:
                 "l0": self.rows[-1]["l0"],
             },
             paths={"sae": parent_folder} if parent_folder is not None else {},
+            without=FILE,
         )
+        (self.folder / FILE).unlink(missing_ok=True)  # not before: a kill would have lost the whole run
         return sae
 
 

@@ -222,7 +222,6 @@ class Run:
         sae = measured.sae.requires_grad_(False).cpu()
         save_sae(sae, self.folder)
         write_bytes(self.folder / SPARSITY, save({"sparsity": (measured.frequency + 1e-10).log10().float()}))
-        (self.folder / FILE).unlink(missing_ok=True)
         (self.folder / MANIFEST).unlink(missing_ok=True)
         write_manifest(
             self.folder,
@@ -245,7 +244,9 @@ class Run:
                 "measured_on_tokens": measured.tokens,
             },
             paths={"activations": first.folder},
+            without=FILE,
         )
+        (self.folder / FILE).unlink(missing_ok=True)  # not before: a kill would have lost the whole run
         return sae
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ from unbraid.sae.base import SAE
 from unbraid.sae.formats import saelens
 from unbraid.sae.formats.files import INDEX, read_json, read_tensors, weights_files
 from unbraid.sae.formats.folds import Found
-from unbraid.sae.formats.foreign import FORMATS
+from unbraid.sae.formats.foreign import FORMATS, LAYERS
 from unbraid.sae.formats.table import Format, interpret
 
 
@@ -54,10 +54,15 @@ class Source:
 def detect(path: Path) -> Source:
     """Find out by a folder's files, or one weights file, which tool wrote it.
 
-    Raises UserError when it holds no autoencoder of a known format, or several, and what reading a .pt or
-    .npz file raises (`formats.files`), for only its tensors tell whose it is.
+    Raises UserError when it holds no autoencoder of a known format, several, or one over several layers, and
+    what reading a .pt or .npz file raises (`formats.files`), for only its tensors tell whose it is.
     """
     folder, only = (path.parent, path) if path.is_file() else (path, None)
+    if any(fnmatchcase(file.name, LAYERS) for file in ([only] if only else folder.glob("*"))):
+        raise UserError(
+            f"{path} is a cross-layer transcoder or crosscoder of Gemma Scope 2 (a file {LAYERS} for each "
+            "layer), which is not supported; choose an autoencoder or transcoder of one layer"
+        )
     for row in FORMATS:
         config = folder / row.config
         if row.config and config.is_file() and _marked(row, read_json(config)):

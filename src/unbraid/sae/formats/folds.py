@@ -65,7 +65,7 @@ class Found:
         return float(value)
 
 
-EMBEDDING = r"/embedding/width_[^/]+/[^/]+/params\.npz$"
+EMBEDDING = r"/(embedding)/width_[^/]+/[^/]+/params\.npz$"
 """Where Gemma Scope keeps the autoencoders of the embeddings."""
 
 Fold = Callable[[State, Found], None]

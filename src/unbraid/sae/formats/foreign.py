@@ -116,12 +116,31 @@ DICTIONARY_LEARNING = Format(
     ignored=("k", "threshold", "group_sizes"),
 )
 
+# The files of autoencoders and transcoders are alike; what they read only the repository's name says.
+_GEMMA_AUTOENCODER = Variant("jumprelu", OURS | THRESHOLD, centred=False, folds=(embedding_scale,))
 GEMMA_SCOPE = Format(
     "Gemma Scope",
     weights=("params.npz",),
     config="",
     marks=("W_enc", "W_dec", "b_enc", "b_dec", "threshold"),
-    variants={"": Variant("jumprelu", OURS | THRESHOLD, centred=False, folds=(embedding_scale,))},
+    kind=(Field("path", rf"gemma-scope-[^/]*-(res|mlp|att|transcoders)\b|{EMBEDDING}", r"\1\2"),),
+    unsaid=(
+        "only the name of its repository says whether this is an autoencoder or a transcoder; keep it in a "
+        "folder of that name, such as gemma-scope-2b-pt-res or gemma-scope-2b-pt-transcoders"
+    ),
+    variants={
+        **dict.fromkeys(("res", "mlp", "att", "embedding"), _GEMMA_AUTOENCODER),
+        # They read what the norm before the MLP divides, before its gain, which no module puts out.
+        "transcoders": Variant(
+            "jumprelu_transcoder",
+            OURS | THRESHOLD,
+            centred=False,
+            fields={
+                "site": (Field("path", r"/layer_(\d+)/", r"blocks.\1.ln2.hook_normalized"),),
+                "target_site": (Field("path", r"/layer_(\d+)/", r"layers.\1.mlp_out"),),
+            },
+        ),
+    },
     fields={
         "site": (
             Field("path", r"gemma-scope-[^/]*-res\b.*/layer_(\d+)/", r"layers.\1.resid_post"),
@@ -170,6 +189,10 @@ GEMMA_SCOPE_2 = Format(
     ),
     same=("hf_hook_point_in", "hf_hook_point_out"),
 )
+
+LAYERS = "params_layer_*.safetensors"
+"""Files of Gemma Scope 2's cross-layer transcoders and crosscoders, which are refused: the former may have
+skip connections, the latter latents that read one layer each."""
 
 NORMS = Must("norm_activation", (None, "none", "inference", "dataset-wise"), PER_TOKEN)
 NO_GLU = Must("use_glu_encoder", (None, False), GLU)

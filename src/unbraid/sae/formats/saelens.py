@@ -23,10 +23,10 @@ from unbraid.model.sites import Site
 from unbraid.sae.base import SAE, SAEConfig
 from unbraid.sae.formats.files import read_json, read_safetensors
 from unbraid.sae.formats.folds import Found, State, scale_input, unit_decoder
-from unbraid.sae.formats.table import assemble
+from unbraid.sae.formats.table import assemble, shapes
 from unbraid.sae.matching_pursuit import MatchingPursuitOptions
 from unbraid.sae.options import check_options, plain
-from unbraid.sae.registry import ARCHITECTURES, build
+from unbraid.sae.registry import ARCHITECTURES
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
@@ -105,7 +105,7 @@ def load(folder: Path) -> SAE:
     weights = read_safetensors(folder / WEIGHTS)
     if record["architecture"] in READ_AS:
         weights.setdefault("threshold", torch.zeros(config.d_sae))
-    names = form.tensors or tuple(build(config).state_dict())
+    names = form.tensors or tuple(shapes(config, folder / CONFIG))
     theirs = {name: form.renamed.get(name, name) for name in names}
     missing = [name for name in theirs.values() if name not in weights]
     if missing:

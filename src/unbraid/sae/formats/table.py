@@ -75,6 +75,8 @@ class Format:
     """The architectures, by the words that name them."""
     kind: tuple[Field, ...] = ()
     """Where these words are said: a text is one, and what is true is the field's own name."""
+    unsaid: str = ""
+    """What it means that no word is said, as the end of a sentence, where that is not one of the variants."""
     fields: Mapping[str, tuple[Field, ...]] = field(default_factory=dict[str, "tuple[Field, ...]"])
     """Where site, target_site, k, model_name are said, and d_in, d_out, d_sae, which are only checked; the
     first place counts."""
@@ -131,26 +133,38 @@ def interpret(row: Format, found: Found, k: int | None = None) -> SAE:
 def assemble(config: SAEConfig, state: State, path: Path, fold: Callable[[State], None] | None = None) -> SAE:
     """The autoencoder with these weights after `fold`, frozen.
 
-    Raises IntegrityError, naming `path`, where a shape is not what the configuration means. A threshold
-    beside a TopK autoencoder, which does not encode with it, is kept for its edits.
+    Raises what `shapes` does, and IntegrityError, naming `path`, where a shape is not what the configuration
+    means. A threshold beside a TopK autoencoder, which does not encode with it, is kept for its edits.
     """
-    sae = build(config)
-    shapes = {name: tensor.shape for name, tensor in sae.state_dict().items()}
-    shapes.setdefault("threshold", torch.Size([config.d_sae]))
+    meant = {"threshold": torch.Size([config.d_sae]), **shapes(config, path)}
     for name, tensor in state.items():
-        if tensor.shape != shapes[name]:
+        if tensor.shape != meant[name]:
             raise IntegrityError(
-                f"{path}: {name} has shape {tuple(tensor.shape)} where {tuple(shapes[name])} is meant; "
+                f"{path}: {name} has shape {tuple(tensor.shape)} where {tuple(meant[name])} is meant; "
                 "fetch or make it again"
             )
         if tensor.isnan().any():
             raise IntegrityError(f"{path}: {name} holds values that are not numbers; fetch or make it again")
     if fold is not None:
         fold(state)
+    sae = build(config)
     if "threshold" in state and "threshold" not in sae.state_dict():
         sae.register_buffer("threshold", torch.zeros(config.d_sae))
     sae.load_state_dict(state)
     return sae.requires_grad_(False)
+
+
+def shapes(config: SAEConfig, path: Path) -> dict[str, torch.Size]:
+    """The weights' shapes by name, without room for one of them: a damaged file can ask for any size.
+
+    Raises UserError, naming `path`, for a configuration that no autoencoder has.
+    """
+    try:
+        with torch.device("meta"):
+            return {name: tensor.shape for name, tensor in build(config).state_dict().items()}
+    except (UserError, TypeError, RuntimeError) as error:  # the others: more than fits into 64 bits
+        reason = error if isinstance(error, UserError) else f"{config.d_in} by {config.d_sae} is too large"
+        raise UserError(f"{path}: {reason}") from error
 
 
 def _variant(row: Format, found: Found) -> Variant:
@@ -161,6 +175,8 @@ def _variant(row: Format, found: Found) -> Variant:
         fields += row.same
     kind = " ".join(word for word in words if word)
     if kind not in row.variants:
+        if not kind and row.unsaid:
+            raise UserError(f"{found.config}: {row.unsaid}")
         raise UserError(
             f"{found.config}: {', '.join(fields)} say {kind!r}, which is not supported for {row.name}; "
             f"choose one that is {' or '.join(row.variants)}"
