@@ -151,7 +151,7 @@ def test_what_does_not_fit_together_is_trained_in_turn(
     store: ActivationStore, lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     every = trials(GRID, LOOP, store)
-    size = recipe.needed(recipe.sae_config(every[0].sources, every[0].config))
+    size = recipe.needed(recipe.sae_config(every[0].sources, every[0].config), every[0].config.batch_size)
     monkeypatch.setattr(recipe, "available", lambda: int(2 * 2.5 * size))
     groups = list(recipe._groups(every))  # pyright: ignore[reportPrivateUsage]
     assert [t for g in groups for t in g] == sorted(every, key=lambda t: t.config.seed)

@@ -19,8 +19,11 @@ from unbraid.training.trainer import train
 SMALL = SAEConfig(architecture="topk", d_in=8, d_sae=32, k=2)
 
 
-def test_the_need_is_four_times_the_weights() -> None:
-    assert needed(SMALL) == 4 * 4 * (2 * 8 * 32 + 32 + 8)
+def test_the_need_is_four_times_the_weights_and_the_batch() -> None:
+    assert needed(SMALL, 100) == 4 * 4 * (2 * 8 * 32 + 32 + 8) + 3 * 4 * 100 * 16
+    assert needed(replace(SMALL, architecture="topk_transcoder", d_out=4), 100) == (
+        4 * 4 * (12 * 32 + 32 + 4) + 3 * 4 * 100 * 12
+    )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -32,16 +35,18 @@ def test_every_architecture_can_be_weighed_without_being_made(architecture: str)
         architecture=architecture, d_in=1 << 20, d_sae=1 << 22, k=2 if kind.uses_k else 0, d_out=d_out,
         blocks=blocks,
     )  # fmt: skip
-    assert needed(config) >= 4 * 4 * (1 << 42)
+    assert needed(config, 1) >= 4 * 4 * (1 << 42)
 
 
 def test_the_sentence_names_the_width_and_both_sizes() -> None:
-    check_memory([SMALL], None)
-    check_memory([SMALL], needed(SMALL))
-    with pytest.raises(UserError, match=r"width 32 on 8 dimensions needs about 0 MB .* 0 MB are free"):
-        check_memory([SMALL], needed(SMALL) - 1)
+    check_memory([SMALL], 1, None)
+    check_memory([SMALL], 1, needed(SMALL, 1))
+    with pytest.raises(UserError, match=r"width 32 on 8 dimensions .* needs about 0 MB .* 0 MB are free"):
+        check_memory([SMALL], 1, needed(SMALL, 1) - 1)
+    with pytest.raises(UserError, match=r"batches of 1,000,000,000 needs about 192.0 GB .* --batch-size"):
+        check_memory([SMALL], 10**9, 10**9)
     with pytest.raises(UserError, match=r"2 autoencoders of width up to 64 .* fewer at a time"):
-        check_memory([SMALL, replace(SMALL, d_sae=64)], 1000)
+        check_memory([SMALL, replace(SMALL, d_sae=64)], 1, 1000)
 
 
 def test_the_smaller_of_machine_and_container_counts(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def _groups(every: Sequence[Trial]) -> Iterator[list[Trial]]:
         group: list[Trial] = []
         taken = 0.0
         for trial in (t for t in every if t.config.seed == seed):
-            need = needed(sae_config(trial.sources, trial.config))
+            need = needed(sae_config(trial.sources, trial.config), trial.config.batch_size)
             if group and taken + need > room:
                 yield group
                 group, taken = [], 0.0

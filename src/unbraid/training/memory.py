@@ -15,10 +15,15 @@ COPIES = 4
 """Weights, both of Adam's moments, and a gradient or the copy that a screen or a checkpoint makes."""
 
 
-def needed(config: SAEConfig) -> int:
-    """Bytes that training an autoencoder holds for as long as it goes on."""
+ROWS = 3
+"""A batch as it is read, scaled and centred; what is to be reconstructed, the error and its gradient."""
+
+
+def needed(config: SAEConfig, batch_size: int) -> int:
+    """Bytes that training an autoencoder holds for as long as it goes on, at the least."""
     with torch.device("meta"):
-        return COPIES * 4 * sum(p.numel() for p in build(config).parameters())
+        weights = sum(p.numel() for p in build(config).parameters())
+    return 4 * (COPIES * weights + ROWS * batch_size * (config.d_in + (config.d_out or config.d_in)))
 
 
 def available(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
@@ -40,18 +45,19 @@ def available(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup"))
     return min(free, limit - used)
 
 
-def check_memory(configs: Iterable[SAEConfig], free: int | None) -> None:
+def check_memory(configs: Iterable[SAEConfig], batch_size: int, free: int | None) -> None:
     """Raise UserError when autoencoders that are trained together need more than `free` bytes."""
     configs = list(configs)
-    total = sum(needed(config) for config in configs)
+    total = sum(needed(config, batch_size) for config in configs)
     if free is None or total <= free:
         return
     widest = max(configs, key=lambda config: config.d_sae)
     many = len(configs) > 1
     what = f"{len(configs)} autoencoders of width up to" if many else "width"
     raise UserError(
-        f"training {what} {widest.d_sae:,} on {widest.d_in} dimensions needs about {_size(total)} of memory "
-        f"but {_size(free)} are free; choose a smaller --width{' or fewer at a time' * many}"
+        f"training {what} {widest.d_sae:,} on {widest.d_in} dimensions in batches of {batch_size:,} needs "
+        f"about {_size(total)} of memory but {_size(free)} are free; choose a smaller --width or --batch-size"
+        f"{', or fewer at a time' * many}"
     )
 
 

@@ -86,7 +86,7 @@ def train_together(
     if any(_stream_of(job.config) != _stream_of(config) for job in jobs):
         raise ValueError("jobs of one stream must have the same seed, batch_size and steps")
     here = [job for job in jobs if job.config.device == "cpu"]
-    check_memory((sae_config(job.sources, job.config) for job in here), available())
+    check_memory((sae_config(job.sources, job.config) for job in here), config.batch_size, available())
     before = torch.get_num_threads()
     with ExitStack() as folders:
         try:
