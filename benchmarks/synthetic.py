@@ -295,7 +295,7 @@ def main() -> None:
     everything = ("topk", "batchtopk", "matryoshka", "jumprelu", "relu", "lista")
     parser.add_argument("--arch", nargs="+", choices=everything, default=everything)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--lr", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3])
+    parser.add_argument("--lr", nargs="+", type=float, default=[1e-3, 3e-3, 6e-3, 1e-2])
     parser.add_argument("--keep", type=Path, help="JSON Lines of what was finished, read and added to")
     parser.add_argument("--out", type=Path, help="file for the result as JSON")
     given = parser.parse_args()
