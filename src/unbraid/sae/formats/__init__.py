@@ -10,7 +10,8 @@ architectures is refused with a sentence, above all what normalises each token b
 | SAELens 5, 6 | cfg.json, sae_weights.safetensors | standard → relu, topk, jumprelu | scale, row norms |
 | sparsify | cfg.json, sae.safetensors | topk; transcode → topk_(skip_)transcoder | old skip: b_dec |
 | dictionary_learning | config.json, ae.pt | AutoEncoder(New) → relu, TopK → topk, | AutoEncoder: row norms |
-| | | BatchTopK, Matryoshka, JumpReLU → jumprelu | |
+| | | BatchTopK, Matryoshka, JumpReLU → jumprelu, | |
+| | | Gated → gated | |
 | Gemma Scope | params.npz | jumprelu | embeddings: √d |
 | Gemma Scope 2 | config.json, params.safetensors | jump_relu → jumprelu, | |
 | | | transcoder → jumprelu_(skip_)transcoder | |
