@@ -46,9 +46,9 @@ class LoopOptions:
     kernels: Kernels = "auto"
     """auto: a whole step in compiled loops, for the architectures that have one; plain: PyTorch's own."""
     precision: Precision = "float32"
-    """bf16: PyTorch multiplies matrices of bfloat16, while weights, sums and moments stay float32; for GPUs
-    and processors that have instructions for it, others are slower. Compiled loops and the GPU's kernels look
-    by rough products anyway, and need no option."""
+    """bf16: PyTorch multiplies matrices of bfloat16, while weights, sums and moments stay float32: faster on
+    GPUs and processors that have instructions for it. Compiled loops and the GPU's kernels look by rough
+    products anyway, and need no option."""
     device: str = "cpu"
     """Where it all runs: cpu, cuda, cuda:1, …"""
     threads: int | None = None
