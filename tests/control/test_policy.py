@@ -87,6 +87,17 @@ def test_save_then_load_is_the_same(
     assert again.id == policy.id
 
 
+@pytest.mark.parametrize(
+    "text", ["\x85", "a\x85b", "a\u2028b", "a\nb", "\n", "\u2029", "\ufeff", "\x7f", " a "]
+)
+def test_every_kind_of_line_end_is_kept(tmp_path: Path, text: str) -> None:
+    edit = PolicyEdit(latents=(1,), operation="ablate")
+    sae = PolicySAE("../sae", "null", "layers.2.resid_post")
+    policy = Policy(Title("p", 1), PolicyModel("m", "1", "2"), sae, edits=(edit,), refusal=text)
+    policy.save(tmp_path / "policy.yaml")
+    assert Policy.load(tmp_path / "policy.yaml") == policy
+
+
 def test_the_file_explains_itself(tmp_path: Path) -> None:
     path = tmp_path / "policy.yaml"
     Policy.from_dict(GOOD).save(path)

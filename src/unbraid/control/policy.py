@@ -370,3 +370,8 @@ class _Dumper(yaml.SafeDumper):
     def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> Any:
         plain = all(not isinstance(item, dict | list) for item in sequence)
         return cast("Any", super().represent_sequence(tag, sequence, flow_style=plain))
+
+    def represent_scalar(self, tag: str, value: Any, style: str | None = None) -> Any:
+        # In single quotes PyYAML writes the line end U+0085 as it is and reads it back as a space.
+        style = '"' if isinstance(value, str) and "\x85" in value else style
+        return cast("Any", super().represent_scalar(tag, value, style=style))
