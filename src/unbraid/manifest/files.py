@@ -36,9 +36,8 @@ def writing(path: Path) -> Generator[Path, None, None]:
         temporary.unlink(missing_ok=True)
         if _disk_is_full(error):
             raise _named(error, path) from error
-        if (
-            isinstance(error, OSError) and error.errno and error.filename is None
-        ):  # larger than files may be, …
+        # Larger than files may be, and the like, which the system says without a name.
+        if isinstance(error, OSError) and error.errno and error.filename is None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 

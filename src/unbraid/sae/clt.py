@@ -86,8 +86,9 @@ class CrossLayerTranscoder(JumpReLUSAE):
 
     def places(self, parameter: str, latents: Tensor) -> Tensor:
         """In W_dec a latent has a row for each layer that it writes to."""
-        own = torch.isin(self.latent_of, latents).nonzero().squeeze(1)
-        return own if parameter == "W_dec" else latents
+        if parameter != "W_dec":
+            return latents
+        return torch.isin(self.latent_of, latents).nonzero().squeeze(1)
 
     def row_norms(self) -> Tensor:
         """‖W_dec[j]‖ over all layers, (d_sae,)."""

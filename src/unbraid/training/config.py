@@ -11,7 +11,7 @@ import torch
 from unbraid.manifest.errors import UserError
 from unbraid.sae.options import check_options
 from unbraid.sae.registry import architecture
-from unbraid.training.step import Precision
+from unbraid.training.step import Products
 from unbraid.training.steppers import Kernels
 
 
@@ -45,7 +45,7 @@ class LoopOptions:
     """Steps summed up in one line of log.jsonl."""
     kernels: Kernels = "auto"
     """auto: a whole step in compiled loops, for the architectures that have one; plain: PyTorch's own."""
-    precision: Precision = "float32"
+    precision: Products = "float32"
     """bf16: PyTorch multiplies matrices of bfloat16, while weights, sums and moments stay float32: faster on
     GPUs and processors that have instructions for it. Compiled loops and the GPU's kernels look by rough
     products anyway, and need no option."""

@@ -13,8 +13,6 @@ from unbraid.sae.registry import build
 
 COPIES = 4
 """Weights, both of Adam's moments, and a gradient or the copy that a screen or a checkpoint makes."""
-
-
 ROWS = 3
 """A batch as it is read, scaled and centred; what is to be reconstructed, the error and its gradient."""
 

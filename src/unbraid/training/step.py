@@ -11,7 +11,8 @@ from unbraid.sae.base import SAE
 from unbraid.sae.objective import StepContext, StepReport
 from unbraid.training.adam import Adam
 
-Precision = Literal["float32", "bf16"]
+Products = Literal["float32", "bf16"]
+"""What matrices are multiplied in."""
 
 
 class Stepper(Protocol):
@@ -43,7 +44,7 @@ class PlainStep:
 
     own_threads = False
 
-    def __init__(self, sae: SAE, optimizer: Adam, precision: Precision = "float32") -> None:
+    def __init__(self, sae: SAE, optimizer: Adam, precision: Products = "float32") -> None:
         self.sae, self.optimizer, self.low = sae, optimizer, precision == "bf16"
 
     @property

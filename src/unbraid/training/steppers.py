@@ -12,18 +12,16 @@ from unbraid.sae.kernels.cpu import Precision
 from unbraid.sae.matryoshka import MatryoshkaSAE
 from unbraid.sae.relu import ReLUSAE
 from unbraid.sae.topk import TopKSAE
-from unbraid.training import gpu, step
+from unbraid.training import gpu
 from unbraid.training.adam import Adam
 from unbraid.training.compiled import CompiledStep, TopKStep
 from unbraid.training.compiled_threshold import BatchTopKStep, JumpReLUStep, ReLUStep
-from unbraid.training.step import PlainStep, Stepper
+from unbraid.training.step import PlainStep, Products, Stepper
 
 Kernels = Literal["auto", "plain"]
 
 
-def stepper(
-    sae: SAE, optimizer: Adam, kernels: Kernels = "auto", precision: step.Precision = "float32"
-) -> Stepper:
+def stepper(sae: SAE, optimizer: Adam, kernels: Kernels = "auto", precision: Products = "float32") -> Stepper:
     """Compiled loops or a GPU's kernels for what they serve; PyTorch's operations, with products of that
     precision, otherwise."""
     if kernels == "auto" and gpu.fits(sae):
