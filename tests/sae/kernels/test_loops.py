@@ -35,14 +35,40 @@ def _grouped(latents: np.ndarray, values: np.ndarray, F: int) -> tuple[np.ndarra
     return first, rows, entries
 
 
+def _words(d: int) -> int:
+    """How many words a row of d numbers takes."""
+    return -(-d // (loops.WORD * loops.STEP)) * loops.STEP
+
+
+def _tiles(rows: np.ndarray) -> np.ndarray:
+    """int8 rows (m, d) as `rough_scores` reads them, m a multiple of TILE_ROWS."""
+    m, d = rows.shape
+    padded = np.zeros((m, _words(d) * loops.WORD), np.int8)
+    padded[:, :d] = rows
+    words = (padded.view(np.uint8) ^ 128).view(np.int32)
+    return np.ascontiguousarray(words.reshape(-1, loops.TILE_ROWS, _words(d)).swapaxes(1, 2))
+
+
+def _quantised(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What `quantise_rows` makes of x (n, d): int8 (n, d), units and lengths (n,)."""
+    n, d = x.shape
+    tiles = _tiles(np.zeros((-(-n // loops.TILE_ROWS) * loops.TILE_ROWS, d), np.int8))
+    unit, length = np.empty(n, np.float32), np.empty(n, np.float32)
+    loops.quantise_rows(x, tiles, unit, length)
+    rows = np.ascontiguousarray(tiles.swapaxes(1, 2)).view(np.uint8).reshape(-1, 4 * tiles.shape[1]) ^ 128
+    rows = rows.view(np.int8)
+    assert not rows[n:].any() and not rows[:, d:].any()
+    assert (_tiles(rows[:, :d]) == tiles).all()
+    return rows[:n, :d], unit, length
+
+
 @given(SHAPES)
 @settings(max_examples=40, deadline=None)
 def test_a_row_is_quantised_to_half_a_unit(shape: tuple[int, int, int, int]) -> None:
     n, d, _, seed = shape
     x = _normal(seed, n, d) * 10.0 ** np.random.default_rng(seed).integers(-6, 6, (n, 1)).astype(np.float32)
     x[0] = 0
-    rough, scale, length = np.empty((n, d), np.int8), np.empty(n, np.float32), np.empty(n, np.float32)
-    loops.quantise_rows(x, rough, scale, length)
+    rough, scale, length = _quantised(x)
     np.testing.assert_allclose(length, np.linalg.norm(x.astype(np.float64), axis=1), rtol=1e-5)
     assert np.abs(rough).max() <= 127 and (rough[0] == 0).all() and (scale > 0).all()
     assert (np.abs(x - rough * scale[:, None]) <= 0.5001 * scale[:, None]).all()
@@ -50,7 +76,7 @@ def test_a_row_is_quantised_to_half_a_unit(shape: tuple[int, int, int, int]) -> 
 
 def _int8_copy(F: int, d: int) -> tuple[np.ndarray, ...]:
     """Room for `quantise_latents`: shadow, shift, unit and length."""
-    shadow = np.zeros((-(-F // loops.GROUP), -(-d // loops.WORD), loops.GROUP), np.int32)
+    shadow = np.zeros((-(-F // loops.GROUP), _words(d), loops.GROUP), np.int32)
     return shadow, np.zeros(F, np.int32), np.zeros(F, np.float32), np.zeros(F, np.float32)
 
 
@@ -59,8 +85,7 @@ def _int8_copy(F: int, d: int) -> tuple[np.ndarray, ...]:
 def test_the_int8_copy_of_latents_holds_what_quantised_rows_do(shape: tuple[int, int, int, int]) -> None:
     _, d, F, seed = shape
     W = _normal(seed, F, d)
-    rough, unit, length = np.empty((F, d), np.int8), np.empty(F, np.float32), np.empty(F, np.float32)
-    loops.quantise_rows(W, rough, unit, length)
+    rough, unit, length = _quantised(W)
     shadow, shift, units, lengths = _int8_copy(F, d)
     for part in (slice(F // 2, F), slice(0, F // 2)):
         loops.quantise_latents(part.start, part.stop, W, shadow, shift, units, lengths)
@@ -75,25 +100,28 @@ def test_the_int8_copy_of_latents_holds_what_quantised_rows_do(shape: tuple[int,
 
 
 @pytest.mark.skipif(not loops.multiplies_int8(), reason="this processor has no AVX-512 VNNI")
-@given(st.integers(1, 70), st.integers(1, 3), st.integers(0, 10_000))
+@given(st.integers(1, 70), st.integers(1, 3), st.integers(1, 3), st.integers(0, 10_000))
 @settings(max_examples=40, deadline=None)
-def test_rough_scores_are_products_of_int8(d: int, tiles: int, seed: int) -> None:
+def test_rough_scores_are_products_of_int8(d: int, tiles: int, groups: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    m, F, words = tiles * loops.TILE_ROWS, tiles * loops.BLOCK, -(-d // loops.WORD)
-    x = rng.integers(-128, 128, (m, words * loops.WORD)).astype(np.int8)
+    m, F = tiles * loops.TILE_ROWS, groups * loops.GROUP
+    x = rng.integers(-128, 128, (m, d)).astype(np.int8)
     W = np.where(rng.random((F, d)) < 0.2, 127, rng.integers(-127, 128, (F, d))).astype(np.float32)
     W[:, 0] = 127  # so that the unit is 1
     shadow, shift, _, _ = copy = _int8_copy(F, d)
     loops.quantise_latents(0, F, W, *copy)
     unit, bias, x_unit = rng.random((3, max(m, F)), np.float32)
     unit, bias, x_unit = unit[:F].copy(), bias[:F].copy(), x_unit[: m + 8].copy()
-    scores = np.full((m + 8, F), np.nan, np.float32)  # more rows than are asked for
-    best = np.full((m + 8, F // loops.GROUP), np.nan, np.float32)
-    loops.rough_scores(x.view(np.uint8) ^ 128, x_unit, shadow, shift, unit, bias, scores, best)
-    product = x[:, :d].astype(np.int64) @ W.T.astype(np.int64)
-    np.testing.assert_allclose(scores[:m], product * unit + bias * x_unit[:m, None], rtol=1e-5, atol=1e-3)
-    assert (best[:m] == scores[:m].reshape(m, -1, loops.GROUP).max(axis=2)).all()
-    assert np.isnan(scores[m:]).all() and np.isnan(best[m:]).all()
+    scores = np.full((groups, m + 8, loops.GROUP), np.nan, np.float32)  # more rows than are asked for
+    best = np.full((m + 8, groups), np.nan, np.float32)
+    loops.rough_scores(_tiles(x), x_unit, shadow, shift, unit, bias, scores, best)
+    product = x.astype(np.int64) @ W.T.astype(np.int64)
+    found = scores[:, :m].swapaxes(0, 1)
+    np.testing.assert_allclose(
+        found.reshape(m, F), product * unit + bias * x_unit[:m, None], rtol=1e-5, atol=1e-3
+    )
+    assert (best[:m] == found.max(axis=2)).all()
+    assert np.isnan(scores[:, m:]).all() and np.isnan(best[m:]).all()
 
 
 def _entries(
@@ -110,12 +138,12 @@ def _entries(
     width = -(-F // loops.GROUP) * loops.GROUP
     scores, wrong = np.full((n, width), -np.inf, np.float32), np.zeros(width, np.float32)
     scores[:, :F], wrong[:F] = rough + (b_enc - edge), off
-    best, wrong = scores, wrong[:F]
+    grouped, size, wrong = scores.reshape(n, -1, loops.GROUP), 1, wrong[:F]
     if 2 * loops.GROUP * wanted <= F:
-        best = scores.reshape(n, -1, loops.GROUP).max(axis=2)
-        wrong = np.array([off[g : g + loops.GROUP].max() for g in range(0, F, loops.GROUP)])
+        size = loops.GROUP
+        wrong = np.array([off[g : g + size].max() for g in range(0, F, size)])
     starts, latents = np.empty(n + 1, np.int64), np.empty(9 * n * F + 999, np.int32)
-    given = (scores, best, wrong, wanted, starts)
+    given = (grouped.swapaxes(0, 1), grouped.max(axis=2), wrong, size, wanted, starts)
     found = loops.candidates(*given, latents)
     assert found == starts[-1]
     starts = starts.copy()

@@ -108,9 +108,10 @@ class Screen:
         F, d = W_enc.shape
         self.W_enc, self.b_enc = W_enc, b_enc
         self.kind: Precision = "float32" if d < NARROW or kind == "float32" else precision()
-        self.width = -(-F // loops.BLOCK) * loops.BLOCK
-        words = -(-d // loops.WORD) if self.kind == "int8" else 0
-        self.shadow = torch.zeros(self.width // loops.GROUP, words, loops.GROUP, dtype=torch.int32).numpy()
+        groups = -(-F // loops.GROUP)
+        self.width = groups * loops.GROUP
+        steps = -(-d // (loops.WORD * loops.STEP)) if self.kind == "int8" else 0
+        self.shadow = torch.zeros(groups, steps * loops.STEP, loops.GROUP, dtype=torch.int32).numpy()
         self.shift, self.unit = np.zeros(self.width, np.int32), np.zeros(self.width, np.float32)
         self.length = np.zeros(self.width, np.float32)
         self.local = threading.local()
@@ -141,50 +142,49 @@ class Screen:
         m, F = len(x), len(bias)
         scores, best, off = self.scores(x, bias)
         if 2 * loops.GROUP * wanted <= F:  # so that there are groups enough
-            off = off.reshape(-1, loops.GROUP).max(axis=1)[: -(-F // loops.GROUP)]
+            off, size = off.reshape(-1, loops.GROUP).max(axis=1), loops.GROUP
         else:
-            best, off = scores, off[:F]
+            off, size = off[:F], 1
         if wanted:
             off /= 2  # two scores are compared, each may be wrong by so much
         starts, kept = np.empty(m + 1, np.int64), self._kept()
-        while (found := loops.candidates(scores, best, off, wanted, starts, kept.latents)) < 0:
+        while (found := loops.candidates(scores, best, off, size, wanted, starts, kept.latents)) < 0:
             kept.make_room(2 * len(kept.latents))
         latents, values = kept.latents[:found], kept.values[:found]
         loops.pre_activations(x.numpy(), self.W_enc, self.b_enc, starts, latents, values)
         return starts, latents, values
 
     def scores(self, x: Tensor, bias: F32) -> tuple[F32, F32, F32]:
-        """Rough pre-activations of x (m, d), each row in a unit of its own, (m, width); the largest of each
-        group; and how much they may be wrong, (width,)."""
+        """Rough pre-activations of x (m, d), each row in a unit of its own, (groups, m or more, GROUP); the
+        largest of each group, (m or more, groups); and how much they may be wrong, (width,)."""
         return (self._by_int8 if self.kind == "int8" else self._by_float32)(x, bias)
 
     def _by_int8(self, x: Tensor, bias: F32) -> tuple[F32, F32, F32]:
         m, kept = len(x), self._kept()
         unit, length = np.empty(m, np.float32), np.empty(m, np.float32)
-        loops.quantise_rows(x.numpy(), kept.x.view(np.int8), unit, length)
-        some = slice(-(-m // loops.TILE_ROWS) * loops.TILE_ROWS)
-        kept.x[some] ^= 128  # from −128 … 127 to 0 … 255
+        loops.quantise_rows(x.numpy(), kept.tiles, unit, length)
         kept.x_unit[:m], kept.bias[: len(bias)] = 1 / unit, bias
         loops.rough_scores(
-            kept.x[some], kept.x_unit, self.shadow, self.shift, self.unit, kept.bias, kept.scores, kept.best
-        )
+            kept.tiles[: -(-m // loops.TILE_ROWS)], kept.x_unit,
+            self.shadow, self.shift, self.unit, kept.bias, kept.scores, kept.best,
+        )  # fmt: skip
         # Rounding to units of u is off by u/√12; errors of a product add up like independent ones. In units
         # of the row, for the row that is longest in its own.
         rounding = np.square(self.length) + np.square(self.unit * (length / unit).max())
-        return kept.scores[:m], kept.best[:m], np.float32(SIGMAS) * np.sqrt(rounding / np.float32(12))
+        return kept.scores, kept.best, np.float32(SIGMAS) * np.sqrt(rounding / np.float32(12))
 
     def _by_float32(self, x: Tensor, bias: F32) -> tuple[F32, F32, F32]:
-        scores, best = (torch.from_numpy(kept)[: len(x)] for kept in (self._kept().scores, self._kept().best))
-        weight = torch.from_numpy(self.W_enc).T
-        torch.addmm(torch.from_numpy(bias), x, weight, out=scores[:, : len(bias)])
-        torch.amax(scores.unflatten(1, (-1, loops.GROUP)), 2, out=best)
+        kept, weight = self._kept(), torch.from_numpy(self.W_enc).T
+        scores, best = (torch.from_numpy(table)[: len(x)] for table in (kept.scores, kept.best))
+        torch.addmm(torch.from_numpy(bias), x, weight, out=scores.flatten(1)[:, : len(bias)])
+        torch.amax(scores, 2, out=best)
         off = np.float32(2e-5) * x.norm(dim=1).max().item() * self.length
-        return scores.numpy(), best.numpy(), off
+        return scores.numpy().swapaxes(0, 1), best.numpy(), off
 
     def _kept(self) -> Kept:
         """This thread's own, made once: fresh memory's pages cost more than many a use."""
         if not hasattr(self.local, "kept"):
-            self.local.kept = Kept(self.width, self.shadow.shape[1] * loops.WORD)
+            self.local.kept = Kept(*self.shadow.shape[:2])
         return self.local.kept
 
 
@@ -192,13 +192,14 @@ class Kept:
     """What a thread writes while it screens CHUNK_ROWS rows. Memory from torch begins where a line of the
     cache does."""
 
-    def __init__(self, width: int, d: int) -> None:
-        self.x = torch.zeros(CHUNK_ROWS, d, dtype=torch.uint8).numpy()
-        self.x_unit = torch.ones(CHUNK_ROWS).numpy()
-        # −∞ stands for latents that are there only to fill up a block.
-        self.bias = torch.full((width,), -torch.inf).numpy()
-        self.scores = torch.full((CHUNK_ROWS, width), -torch.inf).numpy()
-        self.best = torch.empty(CHUNK_ROWS, width // loops.GROUP).numpy()
+    def __init__(self, groups: int, words: int) -> None:
+        rows, size = CHUNK_ROWS, loops.GROUP
+        shape = (groups, rows, size) if words else (rows, groups, size)  # as each product writes them
+        self.tiles = torch.zeros(rows // loops.TILE_ROWS, words, loops.TILE_ROWS, dtype=torch.int32).numpy()
+        self.x_unit = torch.ones(rows).numpy()
+        # −∞ stands for latents that are there only to fill up a group.
+        self.bias = torch.full((groups * size,), -torch.inf).numpy()
+        self.scores, self.best = torch.full(shape, -torch.inf).numpy(), torch.empty(rows, groups).numpy()
         self.make_room(128 * CHUNK_ROWS)
 
     def make_room(self, entries: int) -> None:

@@ -34,10 +34,9 @@ U8 = NDArray[np.uint8]
 LANES, TILE_ROWS, GROUP = 16, 8, 32
 """Numbers in a 512-bit register; rows, and latents next to each other, whose int8 products are summed at the
 same time, each in a lane of its own."""
-BLOCK = 8 * GROUP
-"""Latents whose int8 copy stays in a core's own cache while all rows pass by."""
-WORD = 4
-"""int8 products that the processor sums in one lane at once."""
+WORD, STEP = 4, 2
+"""int8 products that the processor sums in one lane at once; words of a row that a step takes: with TILE_ROWS
+rows, a line of the cache."""
 
 
 def _use_wide_registers() -> None:
@@ -96,10 +95,18 @@ def _quantise(x: F32, out: I8) -> tuple[np.float32, np.float32]:
 
 
 @_compiled
-def quantise_rows(x: F32, out: I8, unit: F32, length: F32) -> None:
-    """x (n, d) as int8 times one unit per row: out (n, d or more), unit (n,); length (n,), that of each."""
+def quantise_rows(x: F32, tiles: I32, unit: F32, length: F32) -> None:
+    """x (n, d) as int8 times one unit per row, in the order that `rough_scores` reads.
+
+    tiles: (n / TILE_ROWS or more, words, TILE_ROWS), each a word of WORD numbers, 128 too large; unit:
+    (n,); length: (n,), that of each row.
+    """
+    words = np.zeros(tiles.shape[1], np.int32)
     for i in range(len(x)):
-        unit[i], length[i] = _quantise(x[i], out[i])
+        unit[i], length[i] = _quantise(x[i], words.view(np.int8))
+        tile, place = tiles[i // TILE_ROWS], i % TILE_ROWS
+        for c in range(len(words)):
+            tile[c, place] = words[c] ^ np.int32(-0x7F7F7F80)  # from −128 … 127 to 0 … 255
 
 
 @_compiled
@@ -141,78 +148,86 @@ def _instruction(builder: Any, name: str, result: Any, *given: Any) -> Any:
 
 @intrinsic
 def _tile(
-    _: Any, x: Any, x_pitch: Any, x_unit: Any, shadow: Any, words: Any, shift: Any, unit: Any, bias: Any,
-    scores: Any, scores_pitch: Any, best: Any, best_pitch: Any,
+    _: Any, x: Any, words: Any, x_unit: Any, shadow: Any, shift: Any, unit: Any, bias: Any, scores: Any,
+    best: Any, best_pitch: Any,
 ) -> Any:  # fmt: skip
-    """`rough_scores` of TILE_ROWS rows and GROUP latents, in 512-bit registers, with the instruction
-    that AVX-512 VNNI has for products of int8. All but `words` are addresses, or bytes from row to row.
+    """`rough_scores` of TILE_ROWS rows and GROUP latents, in 512-bit registers, with the instruction that
+    AVX-512 VNNI has for products of int8. All but `words` are addresses, and the bytes from one row's best to
+    the next.
     """
 
     def emit(context: Any, builder: Any, _: Any, given: Any) -> Any:
-        x, x_pitch, x_unit, shadow, words, shift, unit, bias, scores, scores_pitch, best, best_pitch = given
+        x, words, x_unit, shadow, shift, unit, bias, scores, best, best_pitch = given
         word, number = ir.IntType(32), ir.FloatType()
         integers, floats = ir.VectorType(word, LANES), ir.VectorType(number, LANES)
-        size, halves = 4 * LANES, range(GROUP // LANES)
+        line, halves = 4 * LANES, range(GROUP // LANES)
         multiply = _instruction(builder, "llvm.x86.avx512.vpdpbusd.512", integers, *3 * [integers])
         largest = _instruction(builder, "llvm.vector.reduce.fmax.v16f32", number, floats)
+        byte = ir.IntType(8).as_pointer()
+        prefetch = _instruction(builder, "llvm.prefetch.p0", ir.VoidType(), byte, word, word, word)
 
         def at(base: Any, index: Any, pitch: Any) -> Any:
             index, pitch = (ir.Constant(words.type, v) if isinstance(v, int) else v for v in (index, pitch))
-            return builder.add(base, builder.mul(index, pitch))
+            return builder.inttoptr(builder.add(base, builder.mul(index, pitch)), byte)
 
         def load(kind: Any, *where: Any) -> Any:
-            return builder.load(builder.inttoptr(at(*where), kind.as_pointer()), align=1)
+            return builder.load(builder.bitcast(at(*where), kind.as_pointer()), align=1)
 
         def store(value: Any, *where: Any) -> None:
-            builder.store(value, builder.inttoptr(at(*where), value.type.as_pointer()), align=1)
+            builder.store(value, builder.bitcast(at(*where), value.type.as_pointer()), align=1)
 
-        shifts = [load(integers, shift, h, size) for h in halves]
+        shifts = [load(integers, shift, h, line) for h in halves]
         # LLVM keeps these in registers.
         sums = [[cgutils.alloca_once_value(builder, start) for start in shifts] for _ in range(TILE_ROWS)]
-        with cgutils.for_range(builder, words) as loop:
-            column = at(shadow, loop.index, 4 * GROUP)
-            weights = [load(integers, column, h, size) for h in halves]
-            for r, totals in enumerate(sums):
-                four = _everywhere(builder, load(word, at(x, r, x_pitch), loop.index, WORD))
-                for total, weight in zip(totals, weights, strict=True):
-                    builder.store(builder.call(multiply, [builder.load(total), four, weight]), total)
-        units, biases = ([load(floats, base, h, size) for h in halves] for base in (unit, bias))
+        size = builder.mul(words, ir.Constant(words.type, WORD * TILE_ROWS))  # of a tile of x
+        with cgutils.for_range(builder, builder.udiv(words, ir.Constant(words.type, STEP))) as loop:
+            numbers = builder.ptrtoint(at(x, loop.index, line), words.type)
+            column = builder.ptrtoint(at(shadow, loop.index, STEP * 4 * GROUP), words.type)
+            read, near, data = (ir.Constant(word, value) for value in (0, 3, 1))
+            builder.call(prefetch, [at(numbers, size, 1), read, near, data])  # the next tile's
+            for step in range(STEP):
+                weights = [load(integers, column, step * len(halves) + h, line) for h in halves]
+                for r, totals in enumerate(sums):
+                    four = _everywhere(builder, load(word, numbers, step * TILE_ROWS + r, WORD))
+                    for total, weight in zip(totals, weights, strict=True):
+                        builder.store(builder.call(multiply, [builder.load(total), four, weight]), total)
+        units, biases = ([load(floats, base, h, line) for h in halves] for base in (unit, bias))
         for r, totals in enumerate(sums):
             mine, found = _everywhere(builder, load(number, x_unit, r, 4)), []
             for h in halves:
                 product = builder.fmul(builder.sitofp(builder.load(totals[h]), floats), units[h])
                 found.append(builder.fadd(product, builder.fmul(biases[h], mine)))
-                store(found[h], at(scores, r, scores_pitch), h, size)
+                store(found[h], scores, r * len(halves) + h, line)
             top = builder.select(builder.fcmp_ordered(">", *found), *found)
             store(builder.call(largest, [top], fastmath=("nnan",)), best, r, best_pitch)
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 12), emit
+    return types.void(*[types.intp] * 10), emit
 
 
 @_compiled
 def rough_scores(
-    x: U8, x_unit: F32, shadow: I32, shift: I32, unit: F32, bias: F32, scores: F32, best: F32
+    tiles: I32, x_unit: F32, shadow: I32, shift: I32, unit: F32, bias: F32, scores: F32, best: F32
 ) -> None:
-    """scores[i, j] ≈ (x W_encᵀ + bias)[i, j] in units of x's row.
+    """scores[j / GROUP, i, j % GROUP] ≈ (x W_encᵀ + bias)[i, j] in units of x's row.
 
-    x: (m, d) quantised and 128 too large, m a multiple of TILE_ROWS; x_unit: (m,), 1 / its units; shadow and
-    shift: see `quantise_latents`; unit and bias: (F,), F a multiple of BLOCK; scores: (m, F); best: the
-    largest score of each group, (m, F / GROUP). x_unit, scores and best may have more rows.
+    tiles: of x, (m / TILE_ROWS, words, TILE_ROWS), see `quantise_rows`; words is a multiple of STEP; x_unit:
+    1 / its units, (m,) or more; shadow and shift: see `quantise_latents`; unit and bias: (F,), F a multiple
+    of GROUP; scores: (F / GROUP, m or more, GROUP); best: the largest score of each group, (m or more, F /
+    GROUP). One group's weights stay in a core's nearest cache while all rows pass by, and scores are written
+    one after the other.
     """
-    rows, row_units, table, shifts = x.ctypes.data, x_unit.ctypes.data, shadow.ctypes.data, shift.ctypes.data
+    x, row_units, table, shifts = tiles.ctypes.data, x_unit.ctypes.data, shadow.ctypes.data, shift.ctypes.data
     units, biases, out, tops = unit.ctypes.data, bias.ctypes.data, scores.ctypes.data, best.ctypes.data
-    many = BLOCK // GROUP
-    for block in range(0, len(shadow), many):
-        for i in range(0, len(x), TILE_ROWS):
-            for g in range(block, block + many):
-                j = 4 * g * GROUP
-                _tile(  # pyright: ignore[reportCallIssue]
-                    rows + i * x.strides[0], x.strides[0], row_units + 4 * i,
-                    table + g * shadow.strides[0], shadow.shape[1], shifts + j, units + j, biases + j,
-                    out + i * scores.strides[0] + j, scores.strides[0],
-                    tops + i * best.strides[0] + 4 * g, best.strides[0],
-                )  # fmt: skip
+    for g in range(len(shadow)):
+        j = 4 * g * GROUP
+        for t in range(len(tiles)):
+            i = t * TILE_ROWS
+            _tile(  # pyright: ignore[reportCallIssue]
+                x + t * tiles.strides[0], shadow.shape[1], row_units + 4 * i, table + g * shadow.strides[0],
+                shifts + j, units + j, biases + j, out + g * scores.strides[0] + i * scores.strides[1],
+                tops + i * best.strides[0] + 4 * g, best.strides[0],
+            )  # fmt: skip
 
 
 @_compiled
@@ -362,26 +377,29 @@ def _reach(_: Any, keys: Any, bar: Any, first: Any, out: Any) -> Any:
 
 
 @_compiled
-def candidates(scores: F32, best: F32, off: F32, wanted: int, starts: I64, latents: I32) -> int:
+def candidates(
+    scores: F32, best: F32, off: F32, size: int, wanted: int, starts: I64, latents: I32
+) -> int:  # fmt: skip
     """Latents that may be among the `wanted` largest of each row, or that may exceed 0 where `wanted` is 0.
 
-    scores: (m, F), rough pre-activations; best: the largest of each GROUP, (m, F / GROUP), or scores again;
-    off: how much a score of each group may be wrong; groups beyond its length are not looked at. Written row
-    after row into latents, row i's at starts[i]:starts[i + 1]. Returns how many, or −1 without room. What
-    the best of as many groups reach as are wanted, at least as many latents surely reach.
+    scores: rough pre-activations, (F / GROUP, m, GROUP), lanes next to each other; best: the largest of each
+    group, (m, F / GROUP); size: how many latents are first looked at as one, GROUP or 1; off: how much a
+    score of those may be wrong; what is beyond its length is not looked at. Written row after row into
+    latents, row i's at starts[i]:starts[i + 1]. Returns how many, or −1 without room. What the best of as
+    many groups reach as are wanted, at least as many latents surely reach.
     """
-    groups, size = len(off), scores.shape[1] // best.shape[1]
+    groups = len(off)
     surely, near = np.empty(groups, np.float32), np.empty(groups + LANES, np.int32)
     perhaps = np.full(-(-groups // LANES) * LANES, -np.inf, np.float32)
     groups_at, near_at = perhaps.ctypes.data, near.ctypes.data
     table, out = scores.ctypes.data, latents.ctypes.data
     found = 0
     starts[0] = 0
-    for i in range(len(scores)):
-        top = best[i]
+    for i in range(len(starts) - 1):
         for g in range(groups):
-            surely[g] = top[g] - off[g]
-            perhaps[g] = top[g] + off[g]
+            top = best[i, g] if size > 1 else scores[g // GROUP, i, g % GROUP]
+            surely[g] = top - off[g]
+            perhaps[g] = top + off[g]
         bar = _bar(surely, wanted) if wanted else np.float32(0)
         bar -= np.float32(1e-6) * abs(bar)  # a score may be rounded in two ways
         many = 0
@@ -394,9 +412,11 @@ def candidates(scores: F32, best: F32, off: F32, wanted: int, starts: I64, laten
             found += many
         else:
             for g in near[:many]:
-                for j in range(g * size, (g + 1) * size, LANES):
-                    keys = table + i * scores.strides[0] + 4 * j
-                    found += _reach(keys, bar - off[g], j, out + 4 * found)  # pyright: ignore[reportCallIssue]
+                keys = table + g * scores.strides[0] + i * scores.strides[1]
+                for j in range(0, GROUP, LANES):
+                    found += _reach(  # pyright: ignore[reportCallIssue]
+                        keys + 4 * j, bar - off[g], g * GROUP + j, out + 4 * found
+                    )
         starts[i + 1] = found
     return found
 
