@@ -17,7 +17,10 @@ is the form to read. The loops are `sae.kernels.loops`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -133,18 +136,20 @@ class CompiledStep(ABC):
             )  # fmt: skip
             return error[0, rows].sum(axis=0)
 
-        d_b_dec = scale * sum(cpu.side_by_side(forward, range(0, n, CHUNK_ROWS), self.threads), np.zeros(d))
-        codes = self.finish_gradient(fired, gradient, context, target.numel())
+        # Lists are made in one piece: first, so that the other threads need not wait for them.
+        jobs: list[Callable[[], Any]] = [partial(Lists.of, fired.starts, fired.latents, fired.values, F)]
+        jobs += [partial(forward, begin) for begin in range(0, n, CHUNK_ROWS)]
+        lists, *sums = cpu.side_by_side(lambda job: job(), jobs, self.threads)
+        d_b_dec = scale * sum(sums, np.zeros(d))
+        self.finish_gradient(fired, gradient, context, target.numel())
         extra = self.auxiliary(centred, torch.from_numpy(error[-1]), context)
-
-        lists = Lists.of(fired.starts, fired.latents, codes, F)
         cuts = lists.cuts()
         d_b_enc, back = np.empty(F, np.float32), np.zeros((PARTS, d), np.float32)
         unbias_mean, unbias_square = 1 - BETA_MEAN**number, 1 - BETA_SQUARE**number
 
         def backward(part: int) -> None:
             loops.update(
-                cuts[part], cuts[part + 1], lists.first, lists.rows, lists.entries, codes, gradient,
+                cuts[part], cuts[part + 1], lists.first, lists.rows, lists.entries, fired.values, gradient,
                 centred.numpy(), error, self.edges, scale, extra.rows, extra.enc, extra.dec,
                 self.W_enc, self.W_dec, *self.moments, d_b_enc, back[part],
                 self.screen.shadow, self.screen.shift, self.screen.unit, self.screen.length,
@@ -173,9 +178,9 @@ class CompiledStep(ABC):
         shift = self.sae.b_dec.detach() if self.sae.config.apply_b_dec_to_input else torch.zeros(())
         return torch.sub(x[rows], shift, out=self.centred[rows])  # as `SAE.centred`, into memory that is kept
 
-    def finish_gradient(self, fired: Fired, gradient: F32, context: StepContext, numel: int) -> F32:
-        """Add to the gradient of each entry's value what is not reconstruction; returns the codes."""
-        return fired.values
+    def finish_gradient(self, fired: Fired, gradient: F32, context: StepContext, numel: int) -> None:
+        """Add to the gradient of each entry's value what is not reconstruction: here nothing."""
+        return
 
     def auxiliary(self, x: Tensor, error: Tensor, context: StepContext) -> Extra:
         """Gradients of AuxK (`objective.auxk`), formed for the dead latents' rows alone.

@@ -116,10 +116,9 @@ class ReLUStep(OwnThresholdStep):
 
     own: ReLUSAE
 
-    def finish_gradient(self, fired: Fired, gradient: F32, context: StepContext, numel: int) -> F32:
+    def finish_gradient(self, fired: Fired, gradient: F32, context: StepContext, numel: int) -> None:
         """The penalty's gradient is the same for every entry, as decoder rows have unit length."""
         gradient += context.ramp * self.own.options.l1 / numel
-        return fired.values
 
     def auxiliary(self, x: Tensor, error: Tensor, context: StepContext) -> Extra:
         """None."""
@@ -148,7 +147,7 @@ class JumpReLUStep(OwnThresholdStep):
         self.pre, self.theta = near.values, self.own.threshold.detach().numpy()[near.latents]
         return Fired(near.starts, near.latents, self.pre * (self.pre > self.theta))
 
-    def finish_gradient(self, fired: Fired, gradient: F32, context: StepContext, numel: int) -> F32:
+    def finish_gradient(self, fired: Fired, gradient: F32, context: StepContext, numel: int) -> None:
         """See `sae.jumprelu`: the window gives θ its gradient, only latents that fire pass one on."""
         options, price = self.own.options, context.ramp * self.own.options.l0 / numel
         if options.penalty == "tanh":
@@ -158,7 +157,6 @@ class JumpReLUStep(OwnThresholdStep):
         at_theta = np.bincount(fired.latents, -moved / options.bandwidth, self.sae.config.d_sae)
         self.own.threshold.grad = torch.from_numpy(at_theta).float()
         gradient *= self.pre > self.theta
-        return fired.values
 
     def auxiliary(self, x: Tensor, error: Tensor, context: StepContext) -> Extra:
         """Gradients of μ Σ ReLU(θ − p) of the dead latents."""

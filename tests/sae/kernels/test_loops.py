@@ -142,7 +142,7 @@ def _entries(
     if 2 * loops.GROUP * wanted <= F:
         size = loops.GROUP
         wrong = np.array([off[g : g + size].max() for g in range(0, F, size)])
-    starts, latents = np.empty(n + 1, np.int64), np.empty(9 * n * F + 999, np.int32)
+    starts, latents = np.zeros(n + 1, np.int64), np.empty(9 * n * F + 999, np.int32)
     given = (grouped.swapaxes(0, 1), grouped.max(axis=2), wrong, size, wanted, starts)
     found = loops.candidates(*given, latents)
     assert found == starts[-1]

@@ -21,11 +21,14 @@ from torch import Tensor
 
 from unbraid.sae.kernels import loops
 
+S = TypeVar("S")
 T = TypeVar("T")
 F32, I32, I64 = NDArray[np.float32], NDArray[np.int32], NDArray[np.int64]
 Precision = Literal["int8", "float32"]
 CHUNK_ROWS = 256
-"""Rows whose dense products exist at the same time, for each thread."""
+"""Rows that a thread works on at a time."""
+NEAR_ROWS = 128
+"""Rows of them whose int8 products exist at the same time."""
 NARROW = 16
 """Width below which the product is in float32: few errors do not add up as many do, and little is to gain."""
 SIGMAS = 5.0
@@ -50,7 +53,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
-def side_by_side(work: Callable[[int], T], items: Iterable[int], threads: int | None = None) -> list[T]:
+def side_by_side(work: Callable[[S], T], items: Iterable[S], threads: int | None = None) -> list[T]:
     """work(item) of each, in order, on so many threads (torch's number, if None); inside each of them torch
     uses one.
     """
@@ -139,47 +142,41 @@ class Screen:
         there where `wanted` is 0, with exact pre-activations; the first two as in `loops.candidates`. The
         last two are written over by the next call in this thread.
         """
-        m, F = len(x), len(bias)
-        scores, best, off = self.scores(x, bias)
-        if 2 * loops.GROUP * wanted <= F:  # so that there are groups enough
-            off, size = off.reshape(-1, loops.GROUP).max(axis=1), loops.GROUP
-        else:
-            off, size = off[:F], 1
-        if wanted:
-            off /= 2  # two scores are compared, each may be wrong by so much
-        starts, kept = np.empty(m + 1, np.int64), self._kept()
-        while (found := loops.candidates(scores, best, off, size, wanted, starts, kept.latents)) < 0:
+        kept, starts, F = self._kept(), np.zeros(len(x) + 1, np.int64), len(bias)
+        # Groups first, where there are enough of them.
+        size = loops.GROUP if 2 * loops.GROUP * wanted <= F else 1
+        off = kept.off[: -(-F // size)]
+        find = self._by_int8 if self.kind == "int8" else self._by_float32
+        # Of two scores that are compared, each may be wrong by so much.
+        while (found := find(x, bias, wanted, 0.5 if wanted else 1.0, off, size, starts, kept)) < 0:
             kept.make_room(2 * len(kept.latents))
-        latents, values = kept.latents[:found], kept.values[:found]
-        loops.pre_activations(x.numpy(), self.W_enc, self.b_enc, starts, latents, values)
-        return starts, latents, values
+        return starts, kept.latents[:found], kept.values[:found]
 
-    def scores(self, x: Tensor, bias: F32) -> tuple[F32, F32, F32]:
-        """Rough pre-activations of x (m, d), each row in a unit of its own, (groups, m or more, GROUP); the
-        largest of each group, (m or more, groups); and how much they may be wrong, (width,)."""
-        return (self._by_int8 if self.kind == "int8" else self._by_float32)(x, bias)
-
-    def _by_int8(self, x: Tensor, bias: F32) -> tuple[F32, F32, F32]:
-        m, kept = len(x), self._kept()
-        unit, length = np.empty(m, np.float32), np.empty(m, np.float32)
-        loops.quantise_rows(x.numpy(), kept.tiles, unit, length)
-        kept.x_unit[:m], kept.bias[: len(bias)] = 1 / unit, bias
-        loops.rough_scores(
-            kept.tiles[: -(-m // loops.TILE_ROWS)], kept.x_unit,
-            self.shadow, self.shift, self.unit, kept.bias, kept.scores, kept.best,
+    def _by_int8(
+        self, x: Tensor, bias: F32, wanted: int, share: float, off: F32, size: int, starts: I64, kept: Kept
+    ) -> int:
+        kept.bias[: len(bias)] = bias
+        return loops.entries_by_int8(
+            x.numpy(), self.W_enc, self.b_enc, kept.bias, wanted, share * SIGMAS, self.shadow, self.shift,
+            self.unit, self.length, kept.tiles, kept.scores, kept.best, off, size, starts, kept.latents,
+            kept.values,
         )  # fmt: skip
-        # Rounding to units of u is off by u/√12; errors of a product add up like independent ones. In units
-        # of the row, for the row that is longest in its own.
-        rounding = np.square(self.length) + np.square(self.unit * (length / unit).max())
-        return kept.scores, kept.best, np.float32(SIGMAS) * np.sqrt(rounding / np.float32(12))
 
-    def _by_float32(self, x: Tensor, bias: F32) -> tuple[F32, F32, F32]:
-        kept, weight = self._kept(), torch.from_numpy(self.W_enc).T
+    def _by_float32(
+        self, x: Tensor, bias: F32, wanted: int, share: float, off: F32, size: int, starts: I64, kept: Kept
+    ) -> int:
+        weight = torch.from_numpy(self.W_enc).T
         scores, best = (torch.from_numpy(table)[: len(x)] for table in (kept.scores, kept.best))
         torch.addmm(torch.from_numpy(bias), x, weight, out=scores.flatten(1)[:, : len(bias)])
         torch.amax(scores, 2, out=best)
-        off = np.float32(2e-5) * x.norm(dim=1).max().item() * self.length
-        return scores.numpy().swapaxes(0, 1), best.numpy(), off
+        scale = share * 2e-5 * x.norm(dim=1).max().item()
+        loops.uncertainty(self.length, self.unit, np.float32(0), scale, size, off)
+        groups = scores.numpy().swapaxes(0, 1)
+        found = loops.candidates(groups, best.numpy(), off, size, wanted, starts, kept.latents)
+        if found >= 0:
+            entries = kept.latents[:found], kept.values[:found]
+            loops.pre_activations(x.numpy(), self.W_enc, self.b_enc, starts, *entries)
+        return found
 
     def _kept(self) -> Kept:
         """This thread's own, made once: fresh memory's pages cost more than many a use."""
@@ -193,13 +190,13 @@ class Kept:
     cache does."""
 
     def __init__(self, groups: int, words: int) -> None:
-        rows, size = CHUNK_ROWS, loops.GROUP
+        rows, size = NEAR_ROWS if words else CHUNK_ROWS, loops.GROUP
         shape = (groups, rows, size) if words else (rows, groups, size)  # as each product writes them
         self.tiles = torch.zeros(rows // loops.TILE_ROWS, words, loops.TILE_ROWS, dtype=torch.int32).numpy()
-        self.x_unit = torch.ones(rows).numpy()
         # −∞ stands for latents that are there only to fill up a group.
         self.bias = torch.full((groups * size,), -torch.inf).numpy()
         self.scores, self.best = torch.full(shape, -torch.inf).numpy(), torch.empty(rows, groups).numpy()
+        self.off = np.empty(groups * size, np.float32)
         self.make_room(128 * CHUNK_ROWS)
 
     def make_room(self, entries: int) -> None:

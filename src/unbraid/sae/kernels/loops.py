@@ -377,6 +377,18 @@ def _reach(_: Any, keys: Any, bar: Any, first: Any, out: Any) -> Any:
 
 
 @_compiled
+def uncertainty(length: F32, unit: F32, ratio: np.float32, scale: float, size: int, out: F32) -> None:
+    """out[g] = scale · √(length² + (unit · ratio)²), the largest of latents g · size … (g + 1) · size − 1."""
+    factor = np.float32(scale)
+    for g in range(len(out)):
+        most = np.float32(0)
+        for j in range(g * size, (g + 1) * size):
+            other = unit[j] * ratio
+            most = max(most, length[j] * length[j] + other * other)
+        out[g] = factor * np.sqrt(most)
+
+
+@_compiled
 def candidates(
     scores: F32, best: F32, off: F32, size: int, wanted: int, starts: I64, latents: I32
 ) -> int:  # fmt: skip
@@ -385,16 +397,15 @@ def candidates(
     scores: rough pre-activations, (F / GROUP, m, GROUP), lanes next to each other; best: the largest of each
     group, (m, F / GROUP); size: how many latents are first looked at as one, GROUP or 1; off: how much a
     score of those may be wrong; what is beyond its length is not looked at. Written row after row into
-    latents, row i's at starts[i]:starts[i + 1]. Returns how many, or −1 without room. What the best of as
-    many groups reach as are wanted, at least as many latents surely reach.
+    latents, row i's at starts[i]:starts[i + 1], from starts[0] on. Returns where the last end, or −1 without
+    room. What the best of as many groups reach as are wanted, at least as many latents surely reach.
     """
     groups = len(off)
     surely, near = np.empty(groups, np.float32), np.empty(groups + LANES, np.int32)
     perhaps = np.full(-(-groups // LANES) * LANES, -np.inf, np.float32)
     groups_at, near_at = perhaps.ctypes.data, near.ctypes.data
     table, out = scores.ctypes.data, latents.ctypes.data
-    found = 0
-    starts[0] = 0
+    found = starts[0]
     for i in range(len(starts) - 1):
         for g in range(groups):
             top = best[i, g] if size > 1 else scores[g // GROUP, i, g % GROUP]
@@ -453,6 +464,44 @@ def pre_activations(x: F32, W: F32, bias: F32, starts: I64, latents: I32, out: F
         _dots(x[i], W, latents[mine], out[mine])
         for e in range(starts[i], starts[i + 1]):
             out[e] += bias[latents[e]]
+
+
+@_compiled
+def entries_by_int8(
+    x: F32, W: F32, b_enc: F32, bias: F32, wanted: int, sigmas: float, shadow: I32, shift: I32, unit: F32,
+    length: F32, tiles: I32, scores: F32, best: F32, off: F32, size: int, starts: I64, latents: I32,
+    values: F32,
+) -> int:  # fmt: skip
+    """Latents that may be among the `wanted` largest of each row of x Wᵀ + bias, or exceed 0 there where
+    `wanted` is 0, found by an int8 product; values: their x · W[latent] + b_enc[latent], exact.
+
+    x: (m, d), as many rows at a time as scores has, so that these stay near the core; W: (F, d); b_enc: (F,);
+    bias: F numbers and −∞ for the rest of a group; sigmas: standard errors that a score may be wrong by;
+    shadow, shift, unit, length: see `quantise_latents`; tiles, scores, best, off: room for what
+    `quantise_rows`, `rough_scores` and `uncertainty` find; size, starts, latents and the result as in
+    `candidates`.
+    """
+    rows = scores.shape[1]
+    x_unit, x_length = np.ones(rows, np.float32), np.empty(rows, np.float32)
+    starts[0] = 0
+    for begin in range(0, len(x), rows):
+        part = x[begin : begin + rows]
+        m = len(part)
+        quantise_rows(part, tiles, x_unit, x_length)
+        ratio = np.float32(0)
+        for i in range(m):
+            ratio = max(ratio, x_length[i] / x_unit[i])
+            x_unit[i] = np.float32(1) / x_unit[i]
+        some = tiles[: -(-m // TILE_ROWS)]
+        rough_scores(some, x_unit, shadow, shift, unit, bias, scores, best)
+        # Rounding to units of u is off by u/√12; errors of a product add up like independent ones. In units
+        # of the row, for the row that is longest in its own.
+        uncertainty(length, unit, ratio, sigmas / np.sqrt(12.0), size, off)
+        mine = starts[begin : begin + m + 1]
+        if candidates(scores, best, off, size, wanted, mine, latents) < 0:
+            return -1
+        pre_activations(part, W, b_enc, mine, latents, values)
+    return starts[len(x)]
 
 
 @_compiled
