@@ -3,15 +3,18 @@
     make bench NAME=floor JSON=out.json
     python benchmarks/floor.py --d 768 --width 16384
 
-First the machine's rates are measured, on all threads: the int8 product (ours, and torch's in several shapes;
-the fastest counts), reading rows of a matrix in random order, and passing over memory. Then real steps run
-with a clock around each compiled loop. A part's floor is the work that it cannot avoid at those rates: for
-the product its multiplications, for the others the bytes that they fetch from outside a core's own cache.
+First the machine's rates are measured, on all threads: the int8 product (of one tile again and again, out of
+the nearest cache; torch's float32 product where there is none), reading rows of a matrix in random order, and
+passing over memory. Then real steps run with a clock around each compiled loop; the parts of the
+choice of entries, which is one call, are clocked by making the calls of the last step again piece by piece. A
+part's floor is the work that it cannot avoid at those rates: for the product its multiplications, for the
+others the bytes that they fetch from outside a core's own cache.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import sys
 import tempfile
@@ -31,8 +34,13 @@ from workers import unbraid
 from training import machine, synthetic, versions
 from unbraid.sae.kernels import cpu, loops
 
-SHAPES = ((256, None), (512, None), (512, 1024), (1024, 512))
-"""Rows and latents of the products that are tried; None is the whole width."""
+ENTRIES = "entries_by_int8"
+LABELS = {
+    "quantise_rows": "int8 copy of x", "rough_scores": "int8 product", "candidates": "candidates",
+    "pre_activations": "exact pre-activations", "between": "between these four",
+    "best_entries": "choice of k", "decode_and_compare": "decode, error, value gradients",
+    "of": "lists by latent", "update": "gradients, Adam, int8 copy", "rest": "all else",
+}  # fmt: skip
 
 
 def seconds(work: Callable[[int], Any], threads: int, repeat: int = 9) -> float:
@@ -47,24 +55,28 @@ def seconds(work: Callable[[int], Any], threads: int, repeat: int = 9) -> float:
 
 
 def rates(d: int, width: int, threads: int) -> dict[str, float]:
-    """Operations a second of the int8 product, bytes a second of random rows and of a pass over memory."""
-    best = 0.0
-    shadow = torch.randint(-127, 127, (width, d), dtype=torch.int8)
-    for m, n in SHAPES:
-        x = torch.randint(-127, 127, (m, d), dtype=torch.int8)
-        blocks = shadow.split(n or width)
-        outs = [[torch.empty(m, len(b), dtype=torch.int32) for b in blocks] for _ in range(threads)]
+    """Operations a second of the product, bytes a second of random rows and of a pass over memory."""
+    again, size = loops.TILE_ROWS * loops.GROUP, loops.TILE_ROWS * loops.GROUP
+    tile, weights = (
+        np.broadcast_to(np.ones((1, d // loops.WORD, n), np.int32), (again, d // loops.WORD, n))
+        for n in (loops.TILE_ROWS, loops.GROUP)
+    )
+    flat, shift = np.zeros(again * loops.GROUP, np.float32), np.zeros(again * loops.GROUP, np.int32)
+    outs = [np.empty(size, np.float32) for _ in range(threads)]
 
-        def product(i: int, x: torch.Tensor = x, blocks: Any = blocks, outs: Any = outs) -> None:
-            for block, out in zip(blocks, outs[i], strict=True):
-                torch._int_mm(x, block.T, out=out)
+    def tiles(i: int) -> None:
+        shape = (again, again * loops.TILE_ROWS, loops.GROUP)
+        scores = np.lib.stride_tricks.as_strided(outs[i], shape, (0, 0, 4))  # all in one place
+        best = np.lib.stride_tricks.as_strided(outs[i], shape[1::-1], (0, 4))
+        loops.rough_scores(tile, flat, weights, shift, flat, flat, scores, best)
 
-        best = max(best, 2 * m * d * width * threads / seconds(product, threads))
-    screen = cpu.Screen(np.ones((width, d), np.float32), np.zeros(width, np.float32))
-    some = torch.ones(cpu.CHUNK_ROWS, d)
-    if screen.kind == "int8":
-        ours = seconds(lambda _: screen.scores(some, screen.b_enc), threads)
-        best = max(best, 2 * cpu.CHUNK_ROWS * d * width * threads / ours)
+    def dense(_: int) -> None:
+        torch.mm(torch.ones(cpu.CHUNK_ROWS, d), torch.ones(d, width))
+
+    if cpu.precision() == "int8":
+        product = 2 * again**2 * size * d * threads / seconds(tiles, threads)
+    else:
+        product = 2 * cpu.CHUNK_ROWS * d * width * threads / seconds(dense, threads)
     rng = np.random.default_rng(0)
     table = rng.standard_normal((width, d), np.float32)
     latents, weights = rng.integers(0, width, (1024, 32)), np.ones((1024, 32), np.float32)
@@ -73,18 +85,19 @@ def rates(d: int, width: int, threads: int) -> dict[str, float]:
     long = np.ones((threads, 16_000_000), np.float32)
     passed = seconds(lambda i: np.multiply(long[i], 1.0, out=long[i]), threads)
     return {
-        "product": best,
+        "product": product,
         "rows": threads * latents.size * d * 4 / rows,
         "pass": 2 * long.nbytes / passed,
     }
 
 
 class Clock:
-    """Time spent in functions, summed over threads, and how many candidates they saw."""
+    """Time spent in functions, summed over threads, and the calls for entries."""
 
     def __init__(self) -> None:
         self.spent: defaultdict[str, float] = defaultdict(float)
-        self.candidates, self.lock = 0, threading.Lock()
+        self.calls: list[dict[str, Any]] = []
+        self.lock = threading.Lock()
 
     def around(self, module: Any, name: str) -> None:
         """Time every call of module.name."""
@@ -95,10 +108,54 @@ class Clock:
             found = inner(*args, **options)
             with self.lock:
                 self.spent[name] += time.perf_counter() - started
-                self.candidates += len(args[4]) if name == "pre_activations" else 0
+                if name == ENTRIES:
+                    names = inspect.signature(inner.py_func).parameters
+                    self.calls.append(dict(zip(names, args, strict=True)))
             return found
 
         setattr(module, name, timed)
+
+
+def in_pieces(calls: list[dict[str, Any]], threads: int) -> tuple[dict[str, float], int]:
+    """Seconds a thread that each part of these calls takes when they are made again, and the candidates."""
+    spent: defaultdict[str, float] = defaultdict(float)
+    lock = threading.Lock()
+
+    def timed(name: str, *args: Any) -> Any:
+        started = time.perf_counter()
+        result = getattr(loops, name)(*args)
+        with lock:
+            spent[name] += time.perf_counter() - started
+        return result
+
+    def again(mine: list[dict[str, Any]]) -> int:
+        many = 0
+        for c in mine:
+            x, starts, rows = c["x"], c["starts"], c["scores"].shape[1]
+            unit, length = np.ones(rows, np.float32), np.empty(rows, np.float32)
+            for begin in range(0, len(x), rows):
+                part, here = x[begin : begin + rows], starts[begin : begin + rows + 1]
+                timed("quantise_rows", part, c["tiles"], unit, length)
+                timed(
+                    "rough_scores", c["tiles"][: -(-len(part) // loops.TILE_ROWS)], 1 / unit, c["shadow"],
+                    c["shift"], c["unit"], c["bias"], c["scores"], c["best"],
+                )  # fmt: skip
+                scale = c["sigmas"] / np.sqrt(12)
+                ratio = (length / unit)[: len(part)].max()
+                loops.uncertainty(c["length"], c["unit"], ratio, scale, c["size"], c["off"])
+                timed(
+                    "candidates", c["scores"], c["best"], c["off"], c["size"], c["wanted"], here, c["latents"]
+                )
+                timed("pre_activations", part, c["W"], c["b_enc"], here, c["latents"], c["values"])
+            many += int(starts[-1])
+        return many
+
+    by_thread: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
+    for call in calls:
+        by_thread[id(call["tiles"])].append(call)  # what a thread writes into is its own
+    with ThreadPoolExecutor(threads) as pool:
+        found = sum(pool.map(again, by_thread.values()))
+    return {name: value / threads for name, value in spent.items()}, found
 
 
 def main() -> None:
@@ -131,46 +188,36 @@ def main() -> None:
     for i in range(given.steps // 2):  # compiled, and away from the start
         step(batches[i % 6])
     clock = Clock()
-    for name in (
-        "rough_scores",
-        "candidates",
-        "pre_activations",
-        "best_entries",
-        "decode_and_compare",
-        "update",
-    ):
+    for name in (ENTRIES, "best_entries", "decode_and_compare", "update"):
         clock.around(loops, name)
     clock.around(cpu.Lists, "of")
     whole: list[float] = []
     for i in range(given.steps):
         batch = batches[i % 6].clone()
+        clock.calls = []
         started = time.perf_counter()
         step(batch)
         whole.append(time.perf_counter() - started)
+    spent = {name: clock.spent[name] / given.steps / threads for name in clock.spent}
+    in_pieces(clock.calls, threads)  # compiled
+    pieces, candidates = in_pieces(clock.calls, threads)
+    spent |= pieces | {"between": spent.pop(ENTRIES) - sum(pieces.values())}
+    spent["rest"] = median(whole) - sum(spent.values())
     entries, row, matrix = n * given.k, 4 * d, 4 * d * width
     floors = {
         "rough_scores": 2 * n * d * width / rate["product"],
-        "pre_activations": clock.candidates / given.steps * row / rate["rows"],
+        "pre_activations": candidates * row / rate["rows"],
         "decode_and_compare": entries * row / rate["rows"] + 2 * n * row / rate["pass"],
         "update": 2 * entries * row / rate["rows"] + 12 * matrix / rate["pass"],
     }
-    spent = {name: clock.spent[name] / given.steps / threads for name in clock.spent}
-    spent["of"] *= threads  # lists are made on one thread, while the others wait
-    spent["rest"] = median(whole) - sum(spent.values())
-    labels = {
-        "rough_scores": "int8 product", "candidates": "candidates",
-        "pre_activations": "exact pre-activations", "best_entries": "choice of k",
-        "decode_and_compare": "decode, error, value gradients",
-        "of": "lists by latent", "update": "gradients, Adam, int8 copy", "rest": "all else",
-    }  # fmt: skip
     print(
         f"d {d}, width {width}, {threads} threads: product {rate['product'] / 1e9:,.0f} GOP/s, random rows "
         f"{rate['rows'] / 1e9:.0f} GB/s, a pass {rate['pass'] / 1e9:.0f} GB/s; "
-        f"{clock.candidates / given.steps / n:.1f} candidates a row"
+        f"{candidates / n:.1f} candidates a row"
     )
     print(f"{'':32}{'ms':>8}{'floor':>8}")
     rows: list[dict[str, Any]] = []
-    for name, label in labels.items():
+    for name, label in LABELS.items():
         floor = floors.get(name)
         print(f"{label:32}{1000 * spent[name]:8.1f}" + (f"{1000 * floor:8.1f}" if floor else ""))
         rows.append({"name": f"step_{name}", "value": 1000 * spent[name], "unit": "ms"})
