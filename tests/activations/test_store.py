@@ -75,6 +75,34 @@ def test_a_damaged_header_is_named_when_it_is_read(folder: Path) -> None:
         ActivationStore(folder).read("layers.0.mlp_out", 1)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"F16"', b'"F64"'),  # a type that no shard has
+        (b"[128,48]", b"[128,24]"),
+        (b"layers.0.mlp_out", b"layers.0.mlp_uot"),
+        (b'"data_offsets"', b'"data_offset5"'),
+        (b"{", b"["),
+    ],
+)
+def test_a_header_that_says_something_else_is_named(folder: Path, old: bytes, new: bytes) -> None:
+    shard = folder / SHARD
+    data = shard.read_bytes()
+    assert old in data
+    shard.write_bytes(data.replace(old, new, 1))
+    with pytest.raises(IntegrityError, match=rf"{SHARD} (cannot be read|does not hold)"):
+        ActivationStore(folder).read("layers.0.mlp_out", 1)
+
+
+def test_a_shard_that_is_cut_while_it_is_open_is_named(folder: Path) -> None:
+    store = ActivationStore(folder)
+    store.read("layers.0.mlp_out", 1)
+    with (folder / SHARD).open("r+b") as file:
+        file.truncate(2000)
+    with pytest.raises(IntegrityError, match=f"{SHARD} cannot be read .it ends early"):
+        store.read("layers.0.mlp_out", 1)
+
+
 def test_other_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="manifest"):
         ActivationStore(tmp_path)

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from unbraid.activations import stream
 from unbraid.activations.store import ActivationStore
 from unbraid.activations.stream import ahead, batches
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.record import write_manifest
+from unbraid.model.sites import Site
 
 SITE = "layers.0.resid_post"
 
@@ -123,16 +123,17 @@ def test_neighbours_come_from_unrelated_documents(tmp_path: Path) -> None:
 def test_memory_is_one_buffer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = make(tmp_path / "s", 20_000, 1000)
     held: list[int] = []
-    gather = stream._gather
+    places: set[int] = set()
+    gather = ActivationStore.gather
 
-    def watched(*args: object) -> torch.Tensor:
-        buffer = gather(*args)  # type: ignore[arg-type]
-        held.append(len(buffer))
-        return buffer
+    def watched(self: ActivationStore, site: Site, runs: list[tuple[int, int]], out: torch.Tensor) -> None:
+        held.append(len(out))
+        places.add(out.data_ptr())
+        gather(self, site, runs, out)
 
-    monkeypatch.setattr(stream, "_gather", watched)
+    monkeypatch.setattr(ActivationStore, "gather", watched)
     assert len(rows_of(batches(store, SITE, 100, seed=0, epochs=1, buffer_shards=3))) == 20_000
-    assert max(held) <= 3 * 1024 and len(held) == 7
+    assert max(held) <= 3 * 1024 and len(held) == 7 and len(places) == 1
     held.clear()
     next(batches(store, SITE, 100, seed=0, epochs=1, buffer_shards=3, start=160))
     assert len(held) == 1  # nothing is read only to be skipped

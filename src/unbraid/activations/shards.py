@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,9 +23,52 @@ DOCUMENTS = "documents.jsonl"
 COLUMNS = ("tokens", "documents", "positions")
 
 
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "I32": torch.int32}
+
+
 def shard_name(index: int) -> str:
     """File name of a shard, counted from 0."""
     return f"shard-{index:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor is in a shard's file."""
+
+    offset: int
+    """Byte at which it begins."""
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def pitch(self) -> int:
+        """Bytes from one row to the next."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+
+def places(path: Path) -> dict[str, Place]:
+    """Where the tensors of a shard are, by the header of the safetensors format: eight bytes with its length,
+    then JSON. Raises ValueError where that is not what the file holds.
+    """
+    found: dict[str, Place] = {}
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        size = path.stat().st_size - 8 - length
+        if size < 0:
+            raise ValueError("its header is longer than the file")
+        try:
+            header = cast("dict[str, Any]", json.loads(file.read(length)))
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    begin, end = entry["data_offsets"]
+                    found[name] = place = Place(
+                        8 + length + begin, _DTYPES[entry["dtype"]], tuple(entry["shape"])
+                    )
+                    if not 0 <= begin <= end <= size or place.shape[0] * place.pitch != end - begin:
+                        raise ValueError("its header names more than the file holds")
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError("its header is no safetensors header") from error
+    return found
 
 
 class ShardWriter:

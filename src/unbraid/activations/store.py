@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
-from unbraid.activations.shards import COLUMNS, DOCUMENTS, shard_name
+from unbraid.activations.shards import COLUMNS, DOCUMENTS, Place, places, shard_name
 from unbraid.manifest.errors import IntegrityError, UserError
 from unbraid.manifest.record import Manifest, check_files, read_manifest
 from unbraid.model.sites import Site
@@ -32,7 +33,7 @@ class Columns:
 
 
 class ActivationStore:
-    """A finished capture. Shards are memory-mapped and read piece by piece, never all at once."""
+    """A finished capture. Shards are read piece by piece, never all at once."""
 
     def __init__(self, folder: Path | str, *, check: bool = False) -> None:
         """Open a folder; sizes of all files are compared with the manifest, and with `check` their hashes.
@@ -62,6 +63,7 @@ class ActivationStore:
         """Rows in every shard but the last."""
         count = -(-self.n_tokens // self.shard_tokens)
         self.shards: tuple[Path, ...] = tuple(self.folder / shard_name(i) for i in range(count))
+        self._places: dict[int, dict[str, Place]] = {}
         for shard in self.shards:
             if shard.name not in self.manifest.files:
                 raise IntegrityError(f"{shard} is not listed in the manifest; capture again")
@@ -120,11 +122,25 @@ class ActivationStore:
 
     def read(self, site: Site | str, shard: int, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows [start, stop) of a site in a shard: (n, d_in) in the stored type."""
-        return self._slices(shard, [str(self.site(site))], start, stop)[0]
+        first, stop = shard * self.shard_tokens + start, self.rows(shard) if stop is None else stop
+        out = torch.empty((stop - start, self.d_in(site)), dtype=getattr(torch, self.dtype))
+        self.gather(site, [(first, stop - start)], out)
+        return out
+
+    def gather(self, site: Site | str, runs: Iterable[tuple[int, int]], out: Tensor) -> None:
+        """Fill out (n, d_in), of the stored type, with runs of rows one after another.
+
+        A run is its first row, counted through all shards, and how many; none crosses the end of a shard.
+        """
+        self._fill(str(self.site(site)), runs, out)
 
     def columns(self, shard: int) -> Columns:
         """Where a shard's rows come from."""
-        return Columns(*self._slices(shard, list(COLUMNS), 0, None))
+        rows = self.rows(shard)
+        columns = {name: torch.empty(rows, dtype=torch.int32) for name in COLUMNS}
+        for name, column in columns.items():
+            self._fill(name, [(shard * self.shard_tokens, rows)], column)
+        return Columns(**columns)
 
     def documents(self) -> Iterator[dict[str, Any]]:
         """The documents in the order of their indices: id, tokens, captured."""
@@ -132,14 +148,40 @@ class ActivationStore:
             for line in file:
                 yield json.loads(line)
 
-    def _slices(self, shard: int, names: list[str], start: int, stop: int | None) -> list[Tensor]:
+    def _fill(self, name: str, runs: Iterable[tuple[int, int]], out: Tensor) -> None:
+        # Plain reads into memory that is there already: a mapped shard's pages would count as this process's
+        # memory, as many as have ever been touched.
+        memory, filled = memoryview(cast(Any, out.view(-1).view(torch.uint8).numpy())), 0
+        for shard, mine in groupby(runs, lambda run: run[0] // self.shard_tokens):
+            path = self.shards[shard]
+            place = self._place(shard, name, out)
+            try:
+                with path.open("rb", buffering=0) as file:
+                    for first, rows in mine:
+                        file.seek(place.offset + (first - shard * self.shard_tokens) * place.pitch)
+                        end = filled + rows * place.pitch
+                        while filled < end and (read := file.readinto(memory[filled:end])):
+                            filled += read
+                        if filled < end:
+                            raise OSError("it ends early")
+            except OSError as error:
+                raise self._unreadable(path, error) from error
+
+    def _place(self, shard: int, name: str, out: Tensor) -> Place:
+        """Where a column is in a shard's file; checked to be what the manifest says and `out` holds."""
         path = self.shards[shard]
-        stop = self.rows(shard) if stop is None else stop
-        try:
-            with safe_open(path, framework="pt") as file:
-                found = [file.get_slice(name)[start:stop] for name in names]
-        except (SafetensorError, OSError) as error:
-            raise IntegrityError(f"{path} cannot be read ({error}); restore it or capture again") from error
-        if any(len(tensor) != stop - start for tensor in found):
-            raise IntegrityError(f"{path} has fewer rows than its manifest says; restore it or capture again")
-        return found
+        if shard not in self._places:
+            try:
+                self._places[shard] = places(path)
+            except (OSError, ValueError) as error:
+                raise self._unreadable(path, error) from error
+        place = self._places[shard].get(name)
+        wanted = (out.dtype, (self.rows(shard), *out.shape[1:]))
+        if place is None or (place.dtype, place.shape) != wanted:
+            raise IntegrityError(
+                f"{path} does not hold the {name} that its manifest lists; restore it or capture again"
+            )
+        return place
+
+    def _unreadable(self, path: Path, error: Exception) -> IntegrityError:
+        return IntegrityError(f"{path} cannot be read ({error}); restore it or capture again")

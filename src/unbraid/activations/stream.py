@@ -60,21 +60,22 @@ def batches(
     total = store.n_tokens * epochs if epochs is not None else batch_size * (steps or 0)
     shuffle = Shuffle.of(store, seed, buffer_shards)
 
+    # Filled anew for each group: fresh memory's pages cost as much as reading into them.
+    buffer = torch.empty((shuffle.most, store.d_in(found)), dtype=getattr(torch, store.dtype))
     row = start * batch_size
     parts: list[Tensor] = []
     ready = 0
     while row < total:
         group, offset = shuffle.find(row)
-        order = shuffle.order(group)
-        buffer = _gather(store, found, shuffle.runs(group))
+        order = torch.from_numpy(shuffle.order(group))
+        store.gather(found, shuffle.runs(group), buffer[: len(order)])
         while offset < len(order) and row < total:
             take = min(batch_size - ready, len(order) - offset, total - row)
-            parts.append(buffer[order[offset : offset + take]])
+            parts.append(buffer.index_select(0, order[offset : offset + take]))
             ready, offset, row = ready + take, offset + take, row + take
             if ready == batch_size or row == total:
                 yield torch.cat(parts).to(device=device, dtype=torch.float32)
                 parts, ready = [], 0
-        del buffer  # before the next group is read: memory is one buffer, not two
 
 
 def ahead(items: Iterator[T], depth: int = 4) -> Iterator[T]:
@@ -152,6 +153,11 @@ class Shuffle:
         lengths = np.diff(np.append(starts, store.n_tokens))
         return cls(starts, lengths, store.n_tokens, seed, buffer_shards * len(within))
 
+    @property
+    def most(self) -> int:
+        """Rows of the largest group, at most."""
+        return min(self.rows, self.per_group * int(self.lengths.max()))
+
     def find(self, row: int) -> tuple[Group, int]:
         """The group that deals out the stream's row of that number, and the row's place in the group."""
         epoch, rest = divmod(row, self.rows)
@@ -178,16 +184,3 @@ class Shuffle:
             order = np.random.default_rng([self.seed, epoch, 0]).permutation(len(self.starts))
             self._epoch = (epoch, order)
         return self._epoch[1]
-
-
-def _gather(store: ActivationStore, site: Site, runs: list[tuple[int, int]]) -> Tensor:
-    """The runs' rows one after another (n, d_in), in the stored type."""
-    d_in = store.d_in(site)
-    dtype = getattr(torch, store.dtype)
-    buffer = torch.empty((sum(length for _, length in runs), d_in), dtype=dtype)
-    filled = 0
-    for first, length in runs:
-        shard, inside = divmod(first, store.shard_tokens)
-        buffer[filled : filled + length] = store.read(site, shard, inside, inside + length)
-        filled += length
-    return buffer
