@@ -7,8 +7,9 @@
 The world is SAELens's own `SyntheticModel`: features in superposition that fire by Zipf's law, correlated, in
 a hierarchy. Its samples go to disk as a capture; `unbraid.training` trains on it, and SAELens's `SAETrainer`
 is fed the very same batches in the same order. Each tool has the learning rate, out of the same few, that
-gives its TopK the best F1 with the first seed; the weights of L1 and L0 terms are searched for until as many
-latents fire as features do. Everything is judged by SAELens's own evaluation, on samples none has seen:
+gives its TopK the best F1 with the first seed. The weights of L1 and L0 terms are searched for until as many
+latents fire as features do, at that rate and at the next higher one; the better F1 decides. Everything is
+judged by SAELens's own evaluation, on samples none has seen:
 
 MCC: mean |cosine| of the best one-to-one matching of decoder rows and features. F1: of each latent as a
 detector of the feature closest to it. EV: explained variance.
@@ -263,6 +264,23 @@ class Bench:
         )
         return row
 
+    def chosen(self, tool: str, arch: str, rates: list[float]) -> tuple[float, float]:
+        """The rate, out of these, and the weight with which the first seed's F1 is best at the wanted L0; the
+        first rate where k fixes the L0."""
+        if arch in FIXED:
+            return rates[0], 1.0
+        seed = self.given.seeds[0]
+
+        def worth(pair: tuple[float, float]) -> tuple[bool, float]:
+            row = self.run(tool, arch, *pair, seed)
+            return self.matched(row["l0"], seed), row["f1"]
+
+        return max([(lr, self.tuned(tool, arch, lr)) for lr in rates], key=worth)
+
+    def matched(self, l0: float, seed: int) -> bool:
+        """Whether as many latents fire as features do."""
+        return abs(l0 / self.l0(seed) - 1) <= MARGIN
+
     def tuned(self, tool: str, arch: str, lr: float) -> float:
         """The weight of a sparsity term with which about as many latents fire as features do, with the first
         seed.
@@ -270,9 +288,9 @@ class Bench:
         Searched by its logarithm: times 3 or a third until the number is passed, then halved in between.
         """
         weight, low, high, seed = 1.0, None, None, self.given.seeds[0]
-        for _ in range(0 if arch in FIXED else self.given.search):
+        for _ in range(self.given.search):
             l0 = self.run(tool, arch, lr, weight, seed)["l0"]
-            if abs(l0 / self.l0(seed) - 1) <= MARGIN:
+            if self.matched(l0, seed):
                 break
             low, high = (weight, high) if l0 > self.l0(seed) else (low, weight)
             weight = (low * high) ** 0.5 if low and high else weight * (3 if high is None else 1 / 3)
@@ -301,26 +319,25 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
-    lrs: dict[str, float] = {}
-    weights: dict[tuple[str, str], float] = {}
+    chosen: dict[tuple[str, str], tuple[float, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(given, Path(folder))
         for tool in TOOLS:
-            scores = {lr: bench.run(tool, "topk", lr, 1.0, given.seeds[0])["f1"] for lr in given.lr}
-            lrs[tool] = max(scores, key=lambda lr: scores[lr])
-        pairs = [(t, a) for a in given.arch for t in TOOLS if not (t == "saelens" and a == "lista")]
-        weights = {(t, a): bench.tuned(t, a, lrs[t]) for t, a in pairs}
+            rates = sorted(given.lr)
+            scores = [bench.run(tool, "topk", lr, 1.0, given.seeds[0])["f1"] for lr in rates]
+            best = scores.index(max(scores))
+            for arch in given.arch:
+                if (tool, arch) != ("saelens", "lista"):
+                    chosen[tool, arch] = bench.chosen(tool, arch, rates[best : best + 2])
         for seed in given.seeds:
-            for tool, arch in pairs:
-                row = bench.run(tool, arch, lrs[tool], weights[tool, arch], seed)
-                found.setdefault((tool, arch), []).append(row)
-    report(found, lrs, weights, given)
+            for (tool, arch), (lr, weight) in chosen.items():
+                found.setdefault((tool, arch), []).append(bench.run(tool, arch, lr, weight, seed))
+    report(found, chosen, given)
 
 
 def report(
     found: dict[tuple[str, str], list[dict[str, float]]],
-    lrs: dict[str, float],
-    weights: dict[tuple[str, str], float],
+    chosen: dict[tuple[str, str], tuple[float, float]],
     given: argparse.Namespace,
 ) -> None:
     """Print the table and write the JSON."""
@@ -338,7 +355,7 @@ def report(
         print(line)
     if given.out:
         work = {k: v for k, v in vars(given).items() if k not in ("out", "keep")}
-        work |= {"lr": lrs, "weights": {f"{tool} {arch}": w for (tool, arch), w in weights.items()}}
+        work |= {"chosen": {" ".join(of): {"lr": lr, "weight": w} for of, (lr, w) in chosen.items()}}
         ratios = {
             f"synthetic_{arch}_{n}_vs_saelens": sum(r[n] for r in found["unbraid", arch])
             / sum(r[n] for r in found["saelens", arch])
