@@ -8,8 +8,9 @@ The world is SAELens's own `SyntheticModel`: features in superposition that fire
 a hierarchy. Its samples go to disk as a capture; `unbraid.training` trains on it, and SAELens's `SAETrainer`
 is fed the very same batches in the same order. Each tool has the learning rate, out of the same few, that
 gives its TopK the best F1 with the first seed. The weights of L1 and L0 terms are searched for until as many
-latents fire as features do, at that rate and at the next higher one; the better F1 decides. Everything is
-judged by SAELens's own evaluation, on samples none has seen:
+latents fire as features do, at that rate and at every higher one; explained variance, which one can go by who
+does not know the features, decides. Everything is judged by SAELens's own evaluation, on samples none has
+seen:
 
 MCC: mean |cosine| of the best one-to-one matching of decoder rows and features. F1: of each latent as a
 detector of the feature closest to it. EV: explained variance.
@@ -265,7 +266,7 @@ class Bench:
         return row
 
     def chosen(self, tool: str, arch: str, rates: list[float]) -> tuple[float, float]:
-        """The rate, out of these, and the weight with which the first seed's F1 is best at the wanted L0; the
+        """The rate, out of these, and the weight with which the first seed's EV is best at the wanted L0; the
         first rate where k fixes the L0."""
         if arch in FIXED:
             return rates[0], 1.0
@@ -273,7 +274,7 @@ class Bench:
 
         def worth(pair: tuple[float, float]) -> tuple[bool, float]:
             row = self.run(tool, arch, *pair, seed)
-            return self.matched(row["l0"], seed), row["f1"]
+            return self.matched(row["l0"], seed), row["ev"]
 
         return max([(lr, self.tuned(tool, arch, lr)) for lr in rates], key=worth)
 
@@ -328,7 +329,7 @@ def main() -> None:
             best = scores.index(max(scores))
             for arch in given.arch:
                 if (tool, arch) != ("saelens", "lista"):
-                    chosen[tool, arch] = bench.chosen(tool, arch, rates[best : best + 2])
+                    chosen[tool, arch] = bench.chosen(tool, arch, rates[best:])
         for seed in given.seeds:
             for (tool, arch), (lr, weight) in chosen.items():
                 found.setdefault((tool, arch), []).append(bench.run(tool, arch, lr, weight, seed))
