@@ -8,9 +8,9 @@ The world is SAELens's own `SyntheticModel`: features in superposition that fire
 a hierarchy. Its samples go to disk as a capture; `unbraid.training` trains on it, and SAELens's `SAETrainer`
 is fed the very same batches in the same order. Each tool has the learning rate, out of the same few, that
 gives its TopK the best F1 with the first seed. The weights of L1 and L0 terms are searched for until as many
-latents fire as features do, at that rate and at every higher one; explained variance, which one can go by who
-does not know the features, decides. Everything is judged by SAELens's own evaluation, on samples none has
-seen:
+latents fire as features do, at that rate and at higher ones as long as explained variance, which one can go
+by who does not know the features, gets better. Everything is judged by SAELens's own evaluation, on samples
+none has seen:
 
 MCC: mean |cosine| of the best one-to-one matching of decoder rows and features. F1: of each latent as a
 detector of the feature closest to it. EV: explained variance.
@@ -266,17 +266,17 @@ class Bench:
         return row
 
     def chosen(self, tool: str, arch: str, rates: list[float]) -> tuple[float, float]:
-        """The rate, out of these, and the weight with which the first seed's EV is best at the wanted L0; the
-        first rate where k fixes the L0."""
-        if arch in FIXED:
-            return rates[0], 1.0
-        seed = self.given.seeds[0]
-
-        def worth(pair: tuple[float, float]) -> tuple[bool, float]:
-            row = self.run(tool, arch, *pair, seed)
-            return self.matched(row["l0"], seed), row["ev"]
-
-        return max([(lr, self.tuned(tool, arch, lr)) for lr in rates], key=worth)
+        """The rate, out of these ascending ones, and the weight with which the first seed's EV is best at the
+        wanted L0; the first rate where k fixes the L0."""
+        best, found = (False, 0.0), (rates[0], 1.0)
+        for lr in rates if arch not in FIXED else ():
+            weight = self.tuned(tool, arch, lr)
+            row = self.run(tool, arch, lr, weight, self.given.seeds[0])
+            worth = self.matched(row["l0"], self.given.seeds[0]), row["ev"]
+            if worth <= best:
+                break
+            best, found = worth, (lr, weight)
+        return found
 
     def matched(self, l0: float, seed: int) -> bool:
         """Whether as many latents fire as features do."""
@@ -314,7 +314,7 @@ def main() -> None:
     everything = ("topk", "batchtopk", "matryoshka", "jumprelu", "relu", "lista")
     parser.add_argument("--arch", nargs="+", choices=everything, default=everything)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--lr", nargs="+", type=float, default=[1e-3, 3e-3, 6e-3, 1e-2])
+    parser.add_argument("--lr", nargs="+", type=float, default=[1e-3, 3e-3, 6e-3, 1e-2, 2e-2])
     parser.add_argument("--keep", type=Path, help="JSON Lines of what was finished, read and added to")
     parser.add_argument("--out", type=Path, help="file for the result as JSON")
     given = parser.parse_args()
