@@ -14,6 +14,7 @@ from unbraid.manifest.identity import sha256_file
 from unbraid.manifest.lineage import verify
 from unbraid.manifest.record import check_files
 from unbraid.sae.base import SAE
+from unbraid.sae.crosscoder import CrosscoderSAE
 
 
 @pytest.fixture
@@ -42,6 +43,27 @@ def test_a_converted_autoencoder_is_an_artifact(
     assert main(["verify", str(out)]) == 0
     sae, x = SAE.from_pretrained(out), torch.randn(20, 4)
     assert str(sae.site) == "layers.3.resid_post" and sae.config.model_name == "tiny"
+    assert torch.equal(sae(x).x_hat, SAE.from_pretrained(theirs)(x).x_hat)
+
+
+def test_a_converted_crosscoder_keeps_its_sites(tmp_path: Path) -> None:
+    """Of Llamascopium's, two sites of 3 dimensions and 8 latents."""
+    theirs, out, hooks = (
+        tmp_path / "theirs",
+        tmp_path / "ours",
+        [f"blocks.{i}.hook_resid_post" for i in (1, 2)],
+    )
+    theirs.mkdir()
+    g = torch.Generator().manual_seed(0)
+    shapes = {"W_E": (2, 3, 8), "b_E": (2, 8), "W_D": (2, 8, 3), "b_D": (2, 3)}
+    save_file({n: torch.randn(s, generator=g) for n, s in shapes.items()}, theirs / "sae_weights.safetensors")
+    config = {"sae_type": "crosscoder", "d_model": 3, "act_fn": "relu", "norm_activation": "inference"}
+    (theirs / "config.json").write_text(json.dumps(config | {"hook_points": hooks}))
+    assert main(["convert", str(theirs), "--out", str(out)]) == 0
+    assert check_files(out).facts["architecture"] == "crosscoder"
+    sae, x = SAE.from_pretrained(out), torch.randn(20, 6, generator=g)
+    assert isinstance(sae, CrosscoderSAE) and sae.config.site == ",".join(hooks)
+    assert sae.config.blocks == (3, 3) and sae.site_norms().shape == (2, 8)
     assert torch.equal(sae(x).x_hat, SAE.from_pretrained(theirs)(x).x_hat)
 
 

@@ -151,6 +151,48 @@ def _scopium_codes(act_fn: str) -> tuple[Tensor, Tensor]:
     return f * LENGTHS / scale, (f @ P["W"] + P["b"]) / scale
 
 
+SITES = ("blocks.1.hook_resid_post", "blocks.2.hook_resid_post")
+STACKED = {  # two sites of D / 2 dimensions, each with a part of the encoder's bias of its own
+    "W_E": P["E"].view(2, D // 2, F),
+    "b_E": torch.stack([P["e"], P["t"]]),
+    "W_D": P["W"].view(F, 2, D // 2).transpose(0, 1),
+    "b_D": P["b"].view(2, D // 2),
+}
+
+
+def _scopium_crosscoder(
+    folder: Path, tensors: Mapping[str, Tensor] = STACKED, norms: tuple[float, float] = (NORM, 3.0), **to: Any
+) -> Path:
+    config = {
+        "sae_type": "crosscoder",
+        "d_model": D // 2,
+        "expansion_factor": F / (D // 2),
+        "act_fn": "relu",
+        "top_k": K,
+        "norm_activation": "dataset-wise",
+        "sparsity_include_decoder_norm": True,
+        "hook_points": SITES,
+    } | to
+    stored = {
+        f"dataset_average_activation_norm.{s}": torch.tensor(n) for s, n in zip(SITES, norms, strict=True)
+    }
+    return _put(folder, {**tensors, **stored}, "sae_weights.safetensors", config, "config.json")
+
+
+def _scopium_crosscoder_codes(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Its encode and decode of sites scaled by `scale` (2,): what is gated at each site is the sum over all
+    times the length of the decoder row there. Codes in units of the mean scale.
+    """
+    W_E, b_E, W_D, b_D = (STACKED[name] for name in ("W_E", "b_E", "W_D", "b_D"))
+    x = _x().view(-1, 2, D // 2) * scale[:, None]
+    p = (torch.einsum("nsd,sdf->nsf", x, W_E) + b_E).sum(dim=1, keepdim=True)
+    lengths = W_D.norm(dim=2)
+    f = (p * lengths).relu() / lengths  # (n, 2, F)
+    torch.testing.assert_close(f[:, 0], f[:, 1])
+    x_hat = (torch.einsum("nsf,sfd->nsd", f, W_D) + b_D) / scale[:, None]
+    return f[:, 0] / scale.mean(), x_hat.flatten(1)
+
+
 def _sparsify(folder: Path, hookpoint: str = "layers.2", **changes: Any) -> Path:
     config = {
         "activation": "topk",
@@ -403,6 +445,20 @@ CASES = {
         for act in ("relu", "topk", "jumprelu")
     },
     "llamascopium, early": Case("Llamascopium", _early_scopium, "jumprelu", *_scopium_codes("jumprelu")),
+    "llamascopium crosscoder": Case(
+        "Llamascopium",
+        _scopium_crosscoder,
+        "crosscoder",
+        *_scopium_crosscoder_codes(math.sqrt(D / 2) / torch.tensor([NORM, 3.0])),
+        site=",".join(SITES),
+    ),
+    "llamascopium crosscoder of raw activations": Case(  # what it stores as norms is then whatever was there
+        "Llamascopium",
+        lambda f: _scopium_crosscoder(f, norms=(math.nan, 0.0), norm_activation="inference"),
+        "crosscoder",
+        *_scopium_crosscoder_codes(torch.ones(2)),
+        site=",".join(SITES),
+    ),
     "openai": _case("OpenAI", _openai, "relu", CENTRED.relu(), site="layers.2.mlp_out"),
     "opensae": _case("OpenSAE", _opensae, "topk", _top(CENTRED)),
     "qwen scope": _case("Qwen Scope", _qwen, "topk", _top(PLAIN)),
@@ -427,6 +483,8 @@ def test_codes_and_reconstructions_are_the_tools_own(name: str, tmp_path: Path) 
     if case.target_site:
         assert (sae.config.site, sae.config.target_site) == (case.site, case.target_site)
         assert sae.config.d_out == D and Site.parse(case.target_site).layer == 2
+    elif "," in case.site:
+        assert (sae.config.site, sae.config.blocks) == (case.site, (D // 2, D // 2))
     else:
         assert str(sae.site) == case.site
     torch.testing.assert_close(sae.encode_dense(_x()), case.codes, rtol=1e-5, atol=1e-5)
@@ -439,7 +497,7 @@ def test_what_was_read_survives_our_own_format(name: str, tmp_path: Path) -> Non
     sae = SAE.from_pretrained(CASES[name].write(tmp_path / "theirs"))
     sae.save_pretrained(tmp_path / "ours")
     again = SAE.from_pretrained(tmp_path / "ours")
-    for name in ("site", "target_site", "model_name", "architecture", "d_out"):
+    for name in ("site", "target_site", "model_name", "architecture", "d_out", "blocks"):
         assert getattr(again.config, name) == getattr(sae.config, name)
     assert torch.equal(again.encode_dense(_x()), sae.encode_dense(_x()))
     assert torch.equal(again(_x()).x_hat, sae(_x()).x_hat)
@@ -474,7 +532,26 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "llama scope transcoder": (lambda f: _llama(f, hook_point_out="blocks.2.hook_mlp_out"), "transcoder"),
     "llama scope glu": (lambda f: _llama(f, use_glu_encoder=True), "gated linear"),
     "llama scope without norm": (lambda f: _llama(f, dataset_average_activation_norm=None), "norm.in"),
-    "llamascopium crosscoder": (lambda f: _scopium(f, "relu", sae_type="crosscoder"), "sae_type"),
+    "llamascopium transcoder across layers": (lambda f: _scopium(f, "relu", sae_type="clt"), "sae_type"),
+    **{
+        f"llamascopium {act} crosscoder": (
+            lambda f, act=act: _scopium_crosscoder(f, act_fn=act),
+            "act_fn decides at each site",
+        )
+        for act in ("jumprelu", "topk", "batchtopk")
+    },
+    "llamascopium crosscoder by token": (
+        lambda f: _scopium_crosscoder(f, norm_activation="token-wise"),
+        "every token by itself",
+    ),
+    "llamascopium crosscoder without norm": (
+        lambda f: _scopium_crosscoder(f, norms=(NORM, 0.0)),
+        r"norm.blocks\.2",
+    ),
+    "llamascopium crosscoder of one site": (
+        lambda f: _scopium_crosscoder(f, {n: t[:1] for n, t in STACKED.items()}, hook_points=SITES[:1]),
+        "two sites or more",
+    ),
     "llamascopium batchtopk": (lambda f: _scopium(f, "batchtopk"), "'batchtopk'"),
     "openai topk": (lambda f: _openai(f, "TopK"), "TopK.*every token by itself"),
     "opensae normalising": (lambda f: _opensae(f, input_normalize=True), "every token by itself"),
@@ -505,7 +582,7 @@ def test_missing_surplus_and_misshapen_tensors_are_named(name: str, tmp_path: Pa
     source = detect(folder)
     assert source.row is not None
     tensors, extras = _all(source.weights)
-    decoder = next(n for n in tensors if tensors[n].ndim == 2 and n.lower().startswith(("dec", "w_d")))
+    decoder = next(n for n in tensors if tensors[n].ndim >= 2 and n.lower().startswith(("dec", "w_d")))
     lost = {n: t for n, t in tensors.items() if n != decoder}
     surplus = "W_skip" if "W_skip" not in tensors else "W_more"
     for changed, word in (
@@ -529,6 +606,28 @@ def _all(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def test_a_width_that_contradicts_the_configuration_is_an_integrity_error(tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match="d_sae 16"):
         SAE.from_pretrained(_sparsify(tmp_path, num_latents=17))
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"W_E": P["E"]}, r"W_E has shape \(6, 16\) where a matrix for each of 2 sites"),
+        ({name: torch.cat([t, t[:1]]) for name, t in STACKED.items()}, "for each of 2 sites"),
+        ({"b_E": STACKED["b_E"].repeat(2, 1)}, r"b_enc has shape \(4, 16\) where \(2, 16\)"),
+        ({"W_D": P["W"].view(2, F, D // 2).flatten(0, 1)}, r"W_dec has shape \(32, 3\) where \(2, 16, 3\)"),
+        ({"b_D": P["b"]}, r"b_dec has shape \(6,\) where \(2, 3\)"),
+    ],
+)
+def test_a_crosscoder_of_another_shape_is_an_integrity_error(
+    changes: Mapping[str, Tensor], word: str, tmp_path: Path
+) -> None:
+    with pytest.raises(IntegrityError, match=word):
+        SAE.from_pretrained(_scopium_crosscoder(tmp_path, STACKED | changes))
+
+
+def test_a_crosscoder_whose_sites_have_another_size_than_its_configuration_says(tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError, match=r"d_in 3 but .*config\.json says '6'"):
+        SAE.from_pretrained(_scopium_crosscoder(tmp_path, d_model=D))
 
 
 def test_a_skip_connection_that_is_missing_or_not_announced_is_named(tmp_path: Path) -> None:

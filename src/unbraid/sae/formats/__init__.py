@@ -16,7 +16,8 @@ architectures is refused with a sentence, above all what normalises each token b
 | Gemma Scope 2 | config.json, params.safetensors | jump_relu → jumprelu, | |
 | | | transcoder → jumprelu_(skip_)transcoder | |
 | Llama Scope | hyperparams.json, checkpoints/ | jumprelu, topk, relu | mean norm, row norms |
-| Llamascopium | config.json, sae_weights.safetensors | jumprelu, topk, relu | mean norm, row norms |
+| Llamascopium | config.json, sae_weights.safetensors | jumprelu, topk, relu; | mean norm, row norms |
+| | | relu crosscoder → crosscoder | other crosscoders refused |
 | OpenAI | one .pt | ReLU → relu | TopK refused: layer norm |
 | OpenSAE | config.json, model.safetensors | topk | input_normalize refused |
 | Qwen Scope | layerN.sae.pt, k in the folder's name | topk | |

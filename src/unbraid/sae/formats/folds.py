@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -55,6 +55,13 @@ class Found:
             value = cast("Mapping[str, Any]", value).get(name)
         return value
 
+    def text(self, at: str) -> str:
+        """The value in words: a list's with commas, the name itself for true, empty for false and none."""
+        value = self.get(at)
+        if isinstance(value, list):
+            return ",".join(map(str, cast("list[Any]", value)))
+        return at if value is True else "" if value is None or value is False else str(value)
+
     def number(self, at: str) -> float:
         """A positive number of the configuration. Raises UserError naming file and field where it is none."""
         value = self.get(at)
@@ -72,9 +79,11 @@ Fold = Callable[[State, Found], None]
 """Changes the weights in place."""
 
 
-def scale_input(state: State, factor: float) -> None:
-    """The autoencoder of x whose weights were those of x times `factor`; codes stay."""
-    state["W_enc"] = state["W_enc"] * factor
+def scale_input(state: State, factor: float | Tensor) -> None:
+    """The autoencoder of x whose weights were those of x times `factor`, a number or shape (d_in,); codes
+    stay.
+    """
+    state["W_enc"] = state["W_enc"] * (factor[:, None] if isinstance(factor, Tensor) else factor)
     state["W_dec"], state["b_dec"] = state["W_dec"] / factor, state["b_dec"] / factor
 
 
@@ -123,17 +132,20 @@ def exponential(state: State, found: Found) -> None:
     state["threshold"] = state["threshold"].exp()
 
 
-def dataset_norm(read: Callable[[Found], float]) -> Fold:
-    """Undo an input scaled to the mean norm √d_in; codes come out in the raw input's units.
+def dataset_norm(read: Callable[[Found], Sequence[float]]) -> Fold:
+    """Undo an input whose sites, of d dimensions each, were scaled to the mean norm √d; codes come out in the
+    raw input's units, those of several sites in units of the mean scale.
 
-    `read` finds the data's mean norm. Applies where norm_activation is "dataset-wise".
+    `read` finds the data's mean norm at each site. Applies where norm_activation is "dataset-wise".
     """
 
     def fold(state: State, found: Found) -> None:
         if found.get("norm_activation") == "dataset-wise":
-            factor = math.sqrt(len(state["W_enc"])) / read(found)
-            scale_input(state, factor)
-            scale_codes(state, 1 / factor)
+            norms = torch.tensor(read(found))
+            d = len(state["W_enc"]) // len(norms)
+            factors = math.sqrt(d) / norms
+            scale_input(state, factors.repeat_interleave(d))
+            scale_codes(state, 1 / float(factors.mean()))
 
     return fold
 

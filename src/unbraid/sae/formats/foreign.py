@@ -124,10 +124,10 @@ GEMMA_SCOPE = Format(
     config="",
     marks=("W_enc", "W_dec", "b_enc", "b_dec", "threshold"),
     kind=(Field("path", rf"gemma-scope-[^/]*-(res|mlp|att|transcoders)\b|{EMBEDDING}", r"\1\2"),),
-    unsaid=(
-        "only the name of its repository says whether this is an autoencoder or a transcoder; keep it in a "
-        "folder of that name, such as gemma-scope-2b-pt-res or gemma-scope-2b-pt-transcoders"
-    ),
+    refused={
+        "": "only the name of its repository says whether this is an autoencoder or a transcoder; keep it in "
+        "a folder of that name, such as gemma-scope-2b-pt-res or gemma-scope-2b-pt-transcoders"
+    },
     variants={
         **dict.fromkeys(("res", "mlp", "att", "embedding"), _GEMMA_AUTOENCODER),
         # They read what the norm before the MLP divides, before its gain, which no module puts out.
@@ -196,7 +196,7 @@ skip connections, the latter latents that read one layer each."""
 
 NORMS = Must("norm_activation", (None, "none", "inference", "dataset-wise"), PER_TOKEN)
 NO_GLU = Must("use_glu_encoder", (None, False), GLU)
-_LLAMA_NORM = dataset_norm(lambda found: found.number("dataset_average_activation_norm.in"))
+_LLAMA_NORM = dataset_norm(lambda found: [found.number("dataset_average_activation_norm.in")])
 _LLAMA_CENTRED = "apply_decoder_bias_to_pre_encoder"
 # The threshold was measured on raw activations with decoder rows of length 1, so it is set last.
 _LLAMA_FOLDS = (_LLAMA_NORM, decoder_norms)
@@ -224,14 +224,17 @@ LLAMA_SCOPE = Format(
 )
 
 
-def _stored_norm(found: Found) -> float:
-    """Llamascopium keeps the data's mean norm among the weights, under the hook's name."""
-    name = f"dataset_average_activation_norm.{found.get('hook_point_in')}"
-    if name not in found.tensors or not 0 < float(found.tensors[name]) < float("inf"):
-        raise UserError(
-            f"{found.weights} lacks {name!r}, which norm_activation 'dataset-wise' needs; fetch it again"
-        )
-    return float(found.tensors[name])
+def _stored_norms(found: Found) -> list[float]:
+    """Llamascopium keeps the data's mean norms among the weights, under the hooks' names."""
+    several = found.get("sae_type") == "crosscoder"
+    hooks = found.text("hook_points").split(",") if several else [found.text("hook_point_in")]
+    names = [f"dataset_average_activation_norm.{hook}" for hook in hooks]
+    for name in names:
+        if name not in found.tensors or not 0 < float(found.tensors[name]) < float("inf"):
+            raise UserError(
+                f"{found.weights} lacks {name!r}, which norm_activation 'dataset-wise' needs; fetch it again"
+            )
+    return [float(found.tensors[name]) for name in names]
 
 
 # Before version 2 the matrices were those of linear layers. The gate compares a code times its row's length,
@@ -243,18 +246,33 @@ _SCOPIUM = {
     "b_dec": "b_D | decoder.bias | 0",
 }
 _SCOPIUM_THRESHOLD = {"threshold": "activation_function.log_jumprelu_threshold | log_jumprelu_threshold"}
-_SCOPIUM_FOLDS = (decoder_norms, dataset_norm(_stored_norm))
+_SCOPIUM_FOLDS = (decoder_norms, dataset_norm(_stored_norms))
+# A crosscoder's sites share one pre-activation, but the gate compares it times the row's length at each site.
+# With ReLU lengths change nothing, and a latent has one code for all.
+_SCOPIUM_SITES = {"W_enc": "W_E", "b_enc": "b_E", "W_dec": "W_D", "b_dec": "b_D"}
+_SCOPIUM_GATES = (
+    "its act_fn decides at each site of a crosscoder by itself, so that a latent can fire at some and not at "
+    "others, which is not supported; choose a crosscoder whose act_fn is relu"
+)
 LLAMASCOPIUM = Format(
     "Llamascopium",
     weights=("sae_weights.safetensors", "checkpoints/final.safetensors"),
     config="config.json",
     marks=("sae_type", "d_model"),
-    kind=(Field("act_fn", default="relu"),),
+    kind=(Field("act_fn", default="relu"), Field("sae_type", "(crosscoder)")),
+    refused=dict.fromkeys(("jumprelu crosscoder", "topk crosscoder", "batchtopk crosscoder"), _SCOPIUM_GATES),
     variants={
         "relu": Variant("relu", _SCOPIUM, _LLAMA_CENTRED, _SCOPIUM_FOLDS),
         "topk": Variant("topk", _SCOPIUM, _LLAMA_CENTRED, _SCOPIUM_FOLDS),
         "jumprelu": Variant(
             "jumprelu", _SCOPIUM | _SCOPIUM_THRESHOLD, _LLAMA_CENTRED, (exponential, *_SCOPIUM_FOLDS)
+        ),
+        "relu crosscoder": Variant(
+            "crosscoder",
+            _SCOPIUM_SITES,
+            centred=False,
+            folds=(dataset_norm(_stored_norms),),
+            fields={"site": (Field("hook_points"),)},
         ),
     },
     fields={
@@ -263,7 +281,11 @@ LLAMASCOPIUM = Format(
         "site": (Field("hook_point_in"),),
     },
     must=(
-        Must("sae_type", ("sae",), "only plain autoencoders (sae) of this format are supported"),
+        Must(
+            "sae_type",
+            ("sae", "crosscoder"),
+            "only plain autoencoders and crosscoders (sae, crosscoder) of this format are supported",
+        ),
         NORMS,
         NO_GLU,
     ),

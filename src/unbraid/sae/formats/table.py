@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -75,8 +75,8 @@ class Format:
     """The architectures, by the words that name them."""
     kind: tuple[Field, ...] = ()
     """Where these words are said: a text is one, and what is true is the field's own name."""
-    unsaid: str = ""
-    """What it means that no word is said, as the end of a sentence, where that is not one of the variants."""
+    refused: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What words that name none of the variants mean, as the end of a sentence; "" is that none is said."""
     fields: Mapping[str, tuple[Field, ...]] = field(default_factory=dict[str, "tuple[Field, ...]"])
     """Where site, target_site, k, model_name are said, and d_in, d_out, d_sae, which are only checked; the
     first place counts."""
@@ -97,12 +97,14 @@ def interpret(row: Format, found: Found, k: int | None = None) -> SAE:
     _check(row, found)
     variant = _variant(row, found)
     _know_all(row, variant, found)
-    state = _take(variant, found)
     kind = ARCHITECTURES[variant.architecture]
+    fields = {**row.fields, **variant.fields}
+    site = _field(fields, "site", found)
+    sites = len(site.split(",")) if kind.reads == "sites" else 0
+    state = _take(variant, found, sites)
     d_in, d_sae = state["W_enc"].shape
     d_out = state["b_dec"].numel() if kind.reads == "pair" else 0  # 0 is what it reads
-    fields = {**row.fields, **variant.fields}
-    for name, size in (("d_in", d_in), ("d_sae", d_sae), ("d_out", d_out or d_in)):
+    for name, size in (("d_in", d_in // (sites or 1)), ("d_sae", d_sae), ("d_out", d_out or d_in)):
         said = _field(fields, name, found)
         if said not in ("", "0", str(size)):
             raise IntegrityError(
@@ -115,11 +117,12 @@ def interpret(row: Format, found: Found, k: int | None = None) -> SAE:
         d_in=d_in,
         d_sae=d_sae,
         k=_k(fields, found, k) if kind.uses_k else 0,
-        site=_field(fields, "site", found),
+        site=site,
         model_name=_field(fields, "model_name", found),
         apply_b_dec_to_input=centred if isinstance(centred, bool) else found.get(centred) is True,
         d_out=d_out,
         target_site=_field(fields, "target_site", found) if d_out else "",
+        blocks=(d_in // sites,) * sites if sites else (),
         metadata={"format": row.name},
     )
 
@@ -137,12 +140,8 @@ def assemble(config: SAEConfig, state: State, path: Path, fold: Callable[[State]
     means. A threshold beside a TopK autoencoder, which does not encode with it, is kept for its edits.
     """
     meant = {"threshold": torch.Size([config.d_sae]), **shapes(config, path)}
+    _check_shapes(state, meant, path)
     for name, tensor in state.items():
-        if tensor.shape != meant[name]:
-            raise IntegrityError(
-                f"{path}: {name} has shape {tuple(tensor.shape)} where {tuple(meant[name])} is meant; "
-                "fetch or make it again"
-            )
         if tensor.isnan().any():
             raise IntegrityError(f"{path}: {name} holds values that are not numbers; fetch or make it again")
     if fold is not None:
@@ -152,6 +151,15 @@ def assemble(config: SAEConfig, state: State, path: Path, fold: Callable[[State]
         sae.register_buffer("threshold", torch.zeros(config.d_sae))
     sae.load_state_dict(state)
     return sae.requires_grad_(False)
+
+
+def _check_shapes(state: State, meant: Mapping[str, Sequence[int]], path: Path) -> None:
+    for name, tensor in state.items():
+        if tuple(tensor.shape) != tuple(meant[name]):
+            raise IntegrityError(
+                f"{path}: {name} has shape {tuple(tensor.shape)} where {tuple(meant[name])} is meant; "
+                "fetch or make it again"
+            )
 
 
 def shapes(config: SAEConfig, path: Path) -> dict[str, torch.Size]:
@@ -175,8 +183,8 @@ def _variant(row: Format, found: Found) -> Variant:
         fields += row.same
     kind = " ".join(word for word in words if word)
     if kind not in row.variants:
-        if not kind and row.unsaid:
-            raise UserError(f"{found.config}: {row.unsaid}")
+        if kind in row.refused:
+            raise UserError(f"{found.config}: {row.refused[kind]}")
         raise UserError(
             f"{found.config}: {', '.join(fields)} say {kind!r}, which is not supported for {row.name}; "
             f"choose one that is {' or '.join(row.variants)}"
@@ -210,8 +218,10 @@ def named(theirs: str) -> list[tuple[str, bool]]:
     return [(name.removesuffix(".T"), name.endswith(".T")) for name in theirs.split(" | ")]
 
 
-def _take(variant: Variant, found: Found) -> State:
-    """Their tensors as ours, in float32; one threshold for all becomes one for each latent."""
+def _take(variant: Variant, found: Found, sites: int) -> State:
+    """Their tensors as ours, in float32; one threshold for all becomes one for each latent, and what is
+    stacked by `sites`, where that is not 0, stands side by side.
+    """
     state: State = {}
     for ours, theirs in variant.tensors.items():
         there = [(found.tensors[name], turned) for name, turned in named(theirs) if name in found.tensors]
@@ -222,12 +232,15 @@ def _take(variant: Variant, found: Found) -> State:
             raise IntegrityError(
                 f"{found.weights} lacks the tensor {named(theirs)[0][0]}; fetch or make it again"
             )
-    if state["W_enc"].ndim != 2:
-        shape = tuple(state["W_enc"].shape)
+    shape = tuple(state["W_enc"].shape)
+    if len(shape) != (3 if sites else 2) or sites not in (0, shape[0]):
+        wanted = f"a matrix for each of {sites} sites" if sites else "a matrix"
         raise IntegrityError(
-            f"{found.weights}: {named(variant.tensors['W_enc'])[0][0]} has shape {shape} where a matrix is "
+            f"{found.weights}: {named(variant.tensors['W_enc'])[0][0]} has shape {shape} where {wanted} is "
             "meant; fetch or make it again"
         )
+    if sites:
+        state = _side_by_side(state, found.weights)
     d_in, d_sae = state["W_enc"].shape
     state = {"b_enc": torch.zeros(d_sae), "b_dec": torch.zeros(d_in), **state}
     if "threshold" in state and state["threshold"].numel() == 1:
@@ -235,10 +248,23 @@ def _take(variant: Variant, found: Found) -> State:
     return state
 
 
+def _side_by_side(state: State, path: Path) -> State:
+    """One wide autoencoder from W_enc (sites, d, d_sae), b_enc (sites, d_sae), W_dec (sites, d_sae, d) and
+    b_dec (sites, d), whose sites' pre-activations are added up.
+    """
+    sites, d, d_sae = state["W_enc"].shape
+    matrices = {"W_enc": (sites, d, d_sae), "W_dec": (sites, d_sae, d)}
+    _check_shapes(state, {**matrices, "b_enc": (sites, d_sae), "b_dec": (sites, d)}, path)
+    return {
+        "W_enc": state["W_enc"].flatten(0, 1),
+        "b_enc": state["b_enc"].sum(dim=0),
+        "W_dec": state["W_dec"].transpose(0, 1).flatten(1),
+        "b_dec": state["b_dec"].flatten(),
+    }
+
+
 def _said(place: Field, found: Found) -> str:
-    value = found.get(place.at)
-    text = place.at if value is True else "" if value is None or value is False else str(value)
-    caught = re.search(place.pattern, text)
+    caught = re.search(place.pattern, found.text(place.at))
     return caught.expand(place.template) if caught else place.default
 
 
