@@ -622,7 +622,7 @@ def test_a_crosscoder_of_another_shape_is_an_integrity_error(
     changes: Mapping[str, Tensor], word: str, tmp_path: Path
 ) -> None:
     with pytest.raises(IntegrityError, match=word):
-        SAE.from_pretrained(_scopium_crosscoder(tmp_path, STACKED | changes))
+        SAE.from_pretrained(_scopium_crosscoder(tmp_path, {**STACKED, **changes}))
 
 
 def test_a_crosscoder_whose_sites_have_another_size_than_its_configuration_says(tmp_path: Path) -> None:
