@@ -1,14 +1,18 @@
-"""Documents, and reading them from a corpus file one at a time."""
+"""Documents, and reading them from a corpus one at a time."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import cast
+from typing import Any, BinaryIO, cast
 
+import pyarrow as pa
+
+from unbraid.activations.tables import HUB, hub_records, parquet_records
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.identity import canonical_json
 
@@ -51,31 +55,72 @@ def _content_hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def read_documents(path: Path | str) -> Iterator[Document]:
-    """Documents of a `.jsonl` or text file, one at a time, in the file's order.
+def read_documents(source: Path | str) -> Iterator[Document]:
+    """Documents of a corpus, one at a time, in its order, read as a stream: its size does not matter.
 
-    JSON Lines: each line an object with `text` or `messages` (and optionally `id` and `focus`; other
-    fields are ignored). Text: documents are separated by lines `<|endoftext|>` where the file has such a
-    line, else by blank lines. The file is read as a stream, so its size does not matter.
+    * `.jsonl`: each line an object with `text` or `messages` (and optionally `id` and `focus`; other fields
+      are ignored). `.jsonl.gz` and `.jsonl.zst` as well.
+    * `.parquet`, or a folder of such files: rows with columns of these names.
+    * `hf:owner/name`, `hf:owner/name/configuration` or `hf:FOLDER`, each with `:split` for another than
+      train: a Hugging Face dataset, streamed; its code is never run.
+    * Any other file is text (`.gz` and `.zst` as well): documents are separated by lines `<|endoftext|>`
+      where the file has such a line, else by blank lines.
 
-    Raises UserError, naming the line, for a file that is missing, empty, not UTF-8 or malformed.
+    `#field` after any of them but text reads the text or the messages from a field of that name.
+
+    Raises UserError, naming the line or row, for a corpus that is missing, empty, not UTF-8 or malformed.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} is not a file; give --text a .jsonl or .txt file")
-    documents = _read_json_lines(path) if path.suffix == ".jsonl" else _read_text(path)
+    source = str(source)
     found = False
-    for document in documents:
+    for document in _read(source):
         found = True
         yield document
     if not found:
-        raise UserError(f"{path} holds no documents; give a file with at least one")
+        raise UserError(f"{source} holds no documents; give a file with at least one")
+
+
+def _read(source: str) -> Iterator[Document]:
+    place, _, field = (source, "", "") if Path(source).exists() else source.partition("#")
+    if place.startswith(HUB):
+        return _parsed(hub_records(place.removeprefix(HUB), field), field)
+    path = Path(place)
+    if path.is_dir() or (path.is_file() and path.suffix == ".parquet"):
+        return _parsed(parquet_records(path, field), field)
+    if not path.is_file():
+        raise UserError(
+            f"{path} is not a file; give --text a .jsonl, .parquet or .txt file, a folder of .parquet files,"
+            f" or {HUB}owner/name"
+        )
+    if ".jsonl" in path.suffixes[-2:]:
+        return _parsed(_json_lines(path), field)
+    if field:
+        raise UserError(f"{path} is read as text, which has no field {field}; leave out #{field}")
+    return _read_text(path)
+
+
+def _parsed(records: Iterable[tuple[str, object]], field: str) -> Iterator[Document]:
+    for place, record in records:
+        try:
+            yield parse_document(_renamed(record, field) if field else record)
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from error
+
+
+def _renamed(record: object, field: str) -> object:
+    """A record whose `field` is called text, or messages where it is a list of them."""
+    if not isinstance(record, dict):
+        return record
+    fields = cast(dict[str, object], record)
+    if field not in fields:
+        raise UserError(f"there is no field {field} (fields found: {', '.join(sorted(fields)) or 'none'})")
+    kept = {name: value for name, value in fields.items() if name not in ("text", "messages")}
+    return {**kept, "messages" if isinstance(fields[field], list) else "text": fields[field]}
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines without their line ends (only \\n and \\r\\n end a line)."""
     try:
-        with path.open("rb") as file:
+        with _opened(path) as file:
             for number, raw in enumerate(file, start=1):
                 try:
                     line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -86,7 +131,14 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                     ) from error
                 yield number, line.removesuffix("\n").removesuffix("\r")
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check the file") from error
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); check the file") from error
+
+
+def _opened(path: Path) -> BinaryIO:
+    """The file's bytes, decompressed where its name says so."""
+    if path.suffix in (".gz", ".zst"):
+        return cast(BinaryIO, BufferedReader(cast(Any, pa.input_stream(str(path)))))
+    return path.open("rb")
 
 
 def _read_text(path: Path) -> Iterator[Document]:
@@ -111,15 +163,13 @@ def _text_block(lines: list[str]) -> Iterator[Document]:
         yield Document.of_text(text)
 
 
-def _read_json_lines(path: Path) -> Iterator[Document]:
+def _json_lines(path: Path) -> Iterator[tuple[str, object]]:
     for number, line in _lines(path):
         if line.strip():
             try:
-                yield parse_document(json.loads(line))
+                yield f"{path} line {number}", json.loads(line)
             except json.JSONDecodeError as error:
                 raise UserError(f"{path} line {number} is not JSON ({error.msg}); mend the line") from error
-            except UserError as error:
-                raise UserError(f"{path} line {number}: {error}") from error
 
 
 def parse_document(record: object) -> Document:

@@ -27,7 +27,8 @@ class Options:
     site: tyro.conf.UseAppendAction[tuple[str, ...]]
     """Place in the model, such as layers.2.resid_post; repeat the option for several."""
     text: Path
-    """Corpus: .jsonl with text or messages, or .txt with documents between blank lines."""
+    """Corpus: .jsonl or .parquet with text or messages, .txt with documents between blank lines, or a Hugging
+    Face dataset as hf:owner/name[:split]; #field after it names another field of text or messages."""
     out: Path
     """Folder to make; a capture that was killed goes on where it stopped."""
     config: Annotated[CaptureOptions, tyro.conf.arg(name="")] = field(default_factory=CaptureOptions)

@@ -27,7 +27,8 @@ class Options:
     model: str
     """Model folder or Hub name; "practice" is the practice assistant."""
     text: Path
-    """Corpus: .jsonl with text or messages, or .txt with documents between blank lines."""
+    """Corpus: .jsonl or .parquet with text or messages, .txt with documents between blank lines, or a Hugging
+    Face dataset as hf:owner/name[:split]; #field after it names another field of text or messages."""
     out: Path
     """Folder to make."""
     site: str = ""
