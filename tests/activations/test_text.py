@@ -60,7 +60,7 @@ def test_masks_hold_exactly_the_tokens_that_touch_the_span(
     start = data.draw(st.integers(0, len(reply) - 1))
     end = data.draw(st.integers(start + 1, len(reply)))
     document = chat(first, reply, focus=(start, end))
-    rendered, _, _ = render(tokenizer, document)
+    rendered = render(tokenizer, document).text
     window = tokenise(tokenizer, document, 10_000)
     base = len(rendered) - (len("<|im_end|>\n") if template else 0) - len(reply)
     assert rendered[base : base + len(reply)] == reply

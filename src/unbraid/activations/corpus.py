@@ -95,15 +95,7 @@ def _cut(window: TokenisedDocument, positions: Positions, left: int | None) -> t
     if left is None or count <= left:
         return window, count
     end = int(chosen.cumsum().searchsorted(left)) + 1
-    cut = TokenisedDocument(
-        id=window.id,
-        input_ids=window.input_ids[:end],
-        reply_mask=window.reply_mask[:end],
-        focus_mask=window.focus_mask[:end],
-        special_mask=window.special_mask[:end],
-        positions=window.positions[:end],
-    )
-    return cut, left
+    return window.until(end), left
 
 
 def _batch(rows: list[tuple[TokenisedDocument, int]], pad_id: int, positions: Positions) -> Batch:

@@ -17,6 +17,8 @@ from unbraid.manifest.errors import UserError
 from unbraid.manifest.identity import canonical_json
 
 Message = Mapping[str, str]
+Span = tuple[int, int, int]
+"""A message's number from 0 (0 in a text) and a character span [start, end) in its content."""
 
 SEPARATOR = "<|endoftext|>"
 
@@ -33,11 +35,22 @@ class Document:
     """A conversation: mappings with the keys `role` and `content`."""
     focus: tuple[int, int] | None = None
     """Character span [start, end) of interest in the last message's content, or in the text."""
+    spans: tuple[Span, ...] = ()
+    """The data's own mask: the characters whose tokens `--positions mask` keeps."""
+    stratum: str | None = None
+    """The kind of text that it is, where the corpus says so; `--per-stratum` counts by it."""
 
     @staticmethod
-    def of_text(text: str, *, id: str | None = None, focus: tuple[int, int] | None = None) -> Document:
+    def of_text(
+        text: str,
+        *,
+        id: str | None = None,
+        focus: tuple[int, int] | None = None,
+        spans: Sequence[Span] = (),
+        stratum: str | None = None,
+    ) -> Document:
         """A text document; its id is the text's hash unless one is given."""
-        return Document(id or _content_hash(text.encode()), text, None, focus)
+        return Document(id or _content_hash(text.encode()), text, None, focus, tuple(spans), stratum)
 
     @staticmethod
     def of_messages(
@@ -45,10 +58,13 @@ class Document:
         *,
         id: str | None = None,
         focus: tuple[int, int] | None = None,
+        spans: Sequence[Span] = (),
+        stratum: str | None = None,
     ) -> Document:
         """A conversation; its id is the hash of its canonical JSON unless one is given."""
         plain = [{"role": m["role"], "content": m["content"]} for m in messages]
-        return Document(id or _content_hash(canonical_json(plain)), None, tuple(plain), focus)
+        id = id or _content_hash(canonical_json(plain))
+        return Document(id, None, tuple(plain), focus, tuple(spans), stratum)
 
 
 def _content_hash(content: bytes) -> str:
@@ -58,8 +74,9 @@ def _content_hash(content: bytes) -> str:
 def read_documents(source: Path | str) -> Iterator[Document]:
     """Documents of a corpus, one at a time, in its order, read as a stream: its size does not matter.
 
-    * `.jsonl`: each line an object with `text` or `messages` (and optionally `id` and `focus`; other fields
-      are ignored). `.jsonl.gz` and `.jsonl.zst` as well.
+    * `.jsonl`: each line an object with `text` or `messages` and optionally `id`, `focus` [start, end],
+      `spans` ([start, end] in a text, [message, start, end] in a conversation, messages counted from 0) and
+      `stratum`; other fields are ignored. `.jsonl.gz` and `.jsonl.zst` as well.
     * `.parquet`, or a folder of such files: rows with columns of these names.
     * `hf:owner/name`, `hf:owner/name/configuration` or `hf:FOLDER`, each with `:split` for another than
       train: a Hugging Face dataset, streamed; its code is never run.
@@ -184,12 +201,18 @@ def parse_document(record: object) -> Document:
     id_ = fields.get("id")
     if id_ is not None and (not isinstance(id_, str) or not id_):
         raise UserError("the field id must be a non-empty string")
-    if text is not None:
-        last = _string(text, "text")
-        return Document.of_text(last, id=id_, focus=_parse_focus(fields.get("focus"), last))
-    parsed = _parse_messages(messages)
-    focus = _parse_focus(fields.get("focus"), parsed[-1]["content"])
-    return Document.of_messages(parsed, id=id_, focus=focus)
+    stratum = fields.get("stratum")
+    if stratum is not None and not _string(stratum, "stratum"):
+        raise UserError("the field stratum must not be empty")
+    parsed = [] if messages is None else _parse_messages(messages)
+    contents = [m["content"] for m in parsed] or [_string(text, "text")]
+    more: dict[str, Any] = {
+        "id": id_,
+        "focus": _parse_focus(fields.get("focus"), contents[-1]),
+        "spans": _parse_spans(fields.get("spans"), contents, with_message=text is None),
+        "stratum": stratum,
+    }
+    return Document.of_messages(parsed, **more) if parsed else Document.of_text(contents[0], **more)
 
 
 def _string(value: object, name: str) -> str:
@@ -229,3 +252,23 @@ def _parse_focus(value: object, content: str) -> tuple[int, int] | None:
                 "the field focus must be [start, end] with 0 ≤ start < end ≤ the length of the"
                 f" {'text or last message'} ({len(content)} characters)"
             )
+
+
+def _parse_spans(value: object, contents: Sequence[str], *, with_message: bool) -> tuple[Span, ...]:
+    if value is None:
+        return ()
+    spans: list[Span] = []
+    for span in cast(list[object], value) if isinstance(value, list) else [value]:
+        place = [0, *cast(list[object], span)] if isinstance(span, list) and not with_message else span
+        match place:
+            case [int() as message, int() as start, int() as end] if 0 <= message < len(
+                contents
+            ) and 0 <= start < end <= len(contents[message]):
+                spans.append((message, start, end))
+            case _:
+                form = "[message, start, end]" if with_message else "[start, end]"
+                raise UserError(
+                    f"the field spans must be a list of {form}, each with 0 ≤ start < end ≤ the length of"
+                    f" {'that message, counted from 0' if with_message else 'the text'} (found {span!r:.40})"
+                )
+    return tuple(spans)

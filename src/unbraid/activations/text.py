@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,7 @@ __all__ = [
     "windows",
 ]
 
-Positions = Literal["all", "reply", "focus"]
+Positions = Literal["all", "reply", "focus", "mask", "last"]
 Spans = list[tuple[int, int]]
 
 
@@ -48,6 +48,10 @@ class TokenisedDocument:
     """True on tokens that hold at least one character of an assistant message's content."""
     focus_mask: tuple[bool, ...]
     """True on tokens that hold at least one character of the document's focus span."""
+    span_mask: tuple[bool, ...]
+    """True on tokens that hold at least one character of the document's spans."""
+    last_mask: tuple[bool, ...]
+    """True on the document's last token that is not special, if that is in this window."""
     special_mask: tuple[bool, ...]
     """True on beginning-, end-of-sequence and padding ids, which are never captured."""
     positions: tuple[int, ...]
@@ -56,11 +60,33 @@ class TokenisedDocument:
     def captured(self, positions: Positions) -> NDArray[np.bool_]:
         """Mask (T,) of the tokens that a capture of these positions keeps."""
         keep = ~np.asarray(self.special_mask, dtype=np.bool_)
-        if positions == "reply":
-            keep &= np.asarray(self.reply_mask, dtype=np.bool_)
-        if positions == "focus":
-            keep &= np.asarray(self.focus_mask, dtype=np.bool_)
+        masks = {
+            "reply": self.reply_mask,
+            "focus": self.focus_mask,
+            "mask": self.span_mask,
+            "last": self.last_mask,
+        }
+        if positions != "all":
+            keep &= np.asarray(masks[positions], dtype=np.bool_)
         return keep
+
+    def until(self, end: int) -> TokenisedDocument:
+        """The window's first `end` tokens."""
+        tuples = {f.name: getattr(self, f.name)[:end] for f in fields(self) if f.name != "id"}
+        return replace(self, **tuples)
+
+
+class Rendered(NamedTuple):
+    """What the model reads, and where spans of the document's contents stand in it."""
+
+    text: str
+    """The string that is tokenised."""
+    replies: Spans
+    """Characters [start, end) of each assistant message's content."""
+    focus: Spans
+    """The document's focus; empty if it has none."""
+    spans: Spans
+    """The document's spans."""
 
 
 _encoders: weakref.WeakKeyDictionary[Any, Tokenizer] = weakref.WeakKeyDictionary()
@@ -68,7 +94,8 @@ _encoders: weakref.WeakKeyDictionary[Any, Tokenizer] = weakref.WeakKeyDictionary
 
 def tokenise(source: Any, document: Document, context: int) -> TokenisedDocument:
     """The document's first window: its tokens, cut after `context` of them. Raises as `windows` does."""
-    return (windows(source, document, context) or [TokenisedDocument(document.id, (), (), (), (), ())])[0]
+    empty = TokenisedDocument(document.id, (), (), (), (), (), (), ())
+    return (windows(source, document, context) or [empty])[0]
 
 
 def windows(source: Any, document: Document, context: int) -> list[TokenisedDocument]:
@@ -81,18 +108,24 @@ def windows(source: Any, document: Document, context: int) -> list[TokenisedDocu
     one the messages' contents are joined as they are.
 
     Raises UserError for a tokenizer without character offsets, a chat template that rewrites message
-    contents, a focus outside the text, or a context too short for one token.
+    contents, a focus or span outside the text, or a context too short for one token.
     """
     tokenizer = getattr(source, "tokenizer", source)
-    rendered, replies, focus = render(tokenizer, document)
+    rendered = render(tokenizer, document)
     # A chat template writes the special tokens itself.
     templated = document.messages is not None and _template(tokenizer)
-    encoding = _encoder(tokenizer).encode(rendered, add_special_tokens=not templated)
+    encoding = _encoder(tokenizer).encode(rendered.text, add_special_tokens=not templated)
     ids = np.asarray(encoding.ids, dtype=np.int64)
     offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     special = np.isin(ids, [i for i in (bos, eos, pad) if i is not None])
-    reply, focused = _overlaps(offsets, replies), _overlaps(offsets, [focus] if focus else [])
+    masks = {
+        "reply_mask": _overlaps(offsets, rendered.replies),
+        "focus_mask": _overlaps(offsets, rendered.focus),
+        "span_mask": _overlaps(offsets, rendered.spans),
+        "last_mask": np.arange(len(ids)) == np.flatnonzero(~special).max(initial=-1),
+        "special_mask": special,
+    }
 
     prefix = 1 if len(ids) and ids[0] == bos else 0
     if context <= prefix:
@@ -105,20 +138,18 @@ def windows(source: Any, document: Document, context: int) -> list[TokenisedDocu
                 TokenisedDocument(
                     id=document.id,
                     input_ids=tuple(ids[rows].tolist()),
-                    reply_mask=tuple(reply[rows].tolist()),
-                    focus_mask=tuple(focused[rows].tolist()),
-                    special_mask=tuple(special[rows].tolist()),
                     positions=tuple(rows.tolist()),
+                    **{name: tuple(mask[rows].tolist()) for name, mask in masks.items()},
                 )
             )
     return found
 
 
-def render(tokenizer: Any, document: Document) -> tuple[str, Spans, tuple[int, int] | None]:
-    """The string the model reads, the spans of assistant contents in it, and the focus span in it."""
+def render(tokenizer: Any, document: Document) -> Rendered:
+    """The string the model reads, and where the document's contents and spans stand in it."""
     if document.messages is None:
         text = document.text or ""
-        return text, [], _shift(document, 0, text, text)
+        return _located(document, text, [(0, text, text)])
     messages = document.messages
     contents = [m["content"] for m in messages]
     if not _template(tokenizer):
@@ -139,15 +170,32 @@ def render(tokenizer: Any, document: Document) -> tuple[str, Spans, tuple[int, i
             f"the chat template changes the contents of document {document.id}, so its reply tokens cannot be"
             " located; use a template that keeps contents, or capture the rendered conversation as text"
         )
-    spans: Spans = []
+    places: list[tuple[int, str, str]] = []
     cursor = 0
-    start = 0
-    for piece, kept, message in zip(pieces, placed, messages, strict=False):
-        start = cursor + len(piece)
-        cursor = start + len(kept)
-        if message["role"] == "assistant":
-            spans.append((start, cursor))
-    return rendered, spans, _shift(document, start, contents[-1], placed[-1])
+    for piece, content, kept in zip(pieces, contents, placed, strict=False):
+        cursor += len(piece)
+        places.append((cursor, content, kept))
+        cursor += len(kept)
+    return _located(document, rendered, places)
+
+
+def _located(document: Document, rendered: str, places: list[tuple[int, str, str]]) -> Rendered:
+    """`places`: for each content, where it begins in the rendered string, itself, and what was kept of it."""
+    roles = [m["role"] for m in document.messages or ()]
+    replies = [
+        (start, start + len(kept))
+        for role, (start, _, kept) in zip(roles, places, strict=False)
+        if role == "assistant"
+    ]
+    focus = [] if document.focus is None else [_shift(document, "focus", places[-1], document.focus)]
+    spans: Spans = []
+    for message, *span in document.spans:
+        if not 0 <= message < len(places):
+            raise UserError(
+                f"a span of document {document.id} names message {message}, which it does not have"
+            )
+        spans.append(_shift(document, "span", places[message], (span[0], span[1])))
+    return Rendered(rendered, replies, focus, spans)
 
 
 def _template(tokenizer: Any) -> bool:
@@ -201,15 +249,16 @@ def _placed(rendered: str, pieces: list[str], contents: list[str]) -> list[str] 
     return placed if _splice(pieces, placed) == rendered else None
 
 
-def _shift(document: Document, start: int, content: str, placed: str) -> tuple[int, int] | None:
-    """The focus span moved from the content to the rendered string, where it begins at `start`."""
-    if document.focus is None:
-        return None
-    low, high = document.focus
+def _shift(
+    document: Document, name: str, place: tuple[int, str, str], span: tuple[int, int]
+) -> tuple[int, int]:
+    """A span moved from a content to the rendered string; `place` as in `_located`."""
+    start, content, kept = place
+    low, high = span
     if not 0 <= low < high <= len(content):
-        raise UserError(f"the focus [{low}, {high}] of document {document.id} lies outside its text")
-    stripped = content.index(placed) if placed else 0
-    low, high = (min(max(edge - stripped, 0), len(placed)) for edge in (low, high))
+        raise UserError(f"the {name} [{low}, {high}] of document {document.id} lies outside its text")
+    stripped = content.index(kept) if kept else 0
+    low, high = (min(max(edge - stripped, 0), len(kept)) for edge in span)
     return start + low, start + high
 
 
