@@ -33,7 +33,7 @@ def everything(store: ActivationStore, site: Site = SITE) -> tuple[torch.Tensor,
     return torch.cat([store.read(site, i) for i in range(len(store.shards))]), torch.cat(table)
 
 
-@pytest.mark.parametrize("positions", ["all", "reply", "focus"])
+@pytest.mark.parametrize("positions", ["all", "reply", "focus", "mask", "last"])
 def test_every_wanted_token_is_stored_once_with_the_models_value(
     lm: LanguageModel, chats: Make, tmp_path: Path, positions: Any
 ) -> None:
@@ -199,6 +199,8 @@ def test_impossible_captures_are_refused_and_leave_no_trace(
     refused("no documents", out, lm, [])
     refused("no token", out, lm, [Document.of_text("")])
     refused("no token of an assistant's reply", out, lm, texts(3), positions="reply")
+    refused("no token in the documents' spans", out, lm, texts(3), positions="mask")
+    refused("no field stratum", out, lm, texts(3), per_stratum=2)
     refused("layers.7.resid_post does not exist", out, lm, texts(3), sites=(Site(7, "resid_post"),))
     refused("context 513 is longer than the 512", out, lm, texts(3), context=513)
     out.mkdir()
@@ -218,6 +220,10 @@ def test_impossible_captures_are_refused_and_leave_no_trace(
         ("batch_tokens", -1, "--batch-tokens"),
         ("shard_tokens", 0, "--shard-tokens"),
         ("positions", "some", "--positions"),
+        ("per_document", 0, "--per-document"),
+        ("per_stratum", 0, "--per-stratum"),
+        ("skip_norm_above", 1.0, "--skip-norm-above"),
+        ("skip_norm_above", float("nan"), "--skip-norm-above"),
         ("dtype", "int8", "--dtype"),
     ],
 )
@@ -279,6 +285,146 @@ def stopped(lm: LanguageModel, documents: Iterator[Document], out: Path, rows: i
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def strata(documents: Iterator[Document]) -> Iterator[Document]:
+    """The documents in two strata, every eighth in the rare one."""
+    for n, document in enumerate(documents):
+        yield dataclasses.replace(document, stratum="often" if n % 8 else "rare")
+
+
+CHOSEN: list[dict[str, Any]] = [
+    {"per_document": 7},
+    {"per_stratum": 6},
+    {"skip_norm_above": 1.2},
+    {"skip_norm_above": 1.05, "per_document": 20, "per_stratum": 10, "tokens": 700, "context": 32},
+]
+
+
+@pytest.mark.parametrize("rows", [1, 301])
+@pytest.mark.parametrize("chosen", CHOSEN, ids=str)
+def test_a_stopped_capture_of_chosen_tokens_continues_to_the_same_bytes(
+    lm: LanguageModel, texts: Make, tmp_path: Path, rows: int, chosen: dict[str, Any]
+) -> None:
+    config = dataclasses.replace(SMALL, shard_tokens=100, **chosen)
+    whole = capture(lm, strata(texts(80)), config, tmp_path / "whole", seed=5)
+    assert whole.n_tokens > 400  # or else nothing would be stopped
+    with pytest.raises(Stop):
+        capture(lm, strata(texts(80)), config, tmp_path / "out", seed=5, progress=stop_after(rows))
+    if rows > 100 and {"per_document", "per_stratum"} & chosen.keys():
+        with pytest.raises(UserError, match=r"other settings \(seed\)"):
+            capture(lm, strata(texts(80)), config, tmp_path / "out", seed=6)
+    capture(lm, strata(texts(80)), config, tmp_path / "out", seed=5)
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+
+
+def test_what_finished_shards_hold_is_not_read_again_where_norms_are_limited(
+    lm: LanguageModel, texts: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(SMALL, skip_norm_above=1.2)
+    with pytest.raises(Stop):
+        capture(lm, texts(60), config, tmp_path / "out", progress=stop_after(1500))
+    with (tmp_path / ".out.partial" / "skipped.jsonl").open("a") as file:
+        file.write('{"rows": 1')  # as a kill leaves it
+    read: list[int] = []
+
+    def counting(model: Any, ids: torch.Tensor, *rest: Any) -> Any:
+        read.append(len(ids))
+        return read_sites(model, ids, *rest)
+
+    monkeypatch.setattr(room, "read_sites", counting)
+    capture(lm, texts(60), config, tmp_path / "out")
+    resumed, read[:] = len(read), []
+    capture(lm, texts(60), config, tmp_path / "whole")
+    assert 0 < resumed < len(read) / 2
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+
+
+def test_leftovers_of_another_run_without_a_shard_do_not_matter(
+    lm: LanguageModel, texts: Make, tmp_path: Path
+) -> None:
+    limited = dataclasses.replace(SMALL, skip_norm_above=1.2)
+    with pytest.raises(Stop):
+        capture(lm, texts(60, seed=1), limited, tmp_path / "out", progress=stop_after(1))
+    capture(lm, texts(60), limited, tmp_path / "out")
+    capture(lm, texts(60), limited, tmp_path / "whole")
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+    with pytest.raises(Stop):
+        capture(lm, texts(60), limited, tmp_path / "plain", progress=stop_after(1))
+    capture(lm, texts(60), SMALL, tmp_path / "plain")
+    assert not (tmp_path / "plain" / "skipped.jsonl").exists()
+
+
+# --- which tokens ---
+
+
+def test_the_last_token_is_the_documents_and_not_its_windows(lm: LanguageModel, tmp_path: Path) -> None:
+    documents = [Document.of_text("wait " * n) for n in (3, 100, 7)]
+    _, table = everything(
+        capture(lm, documents, dataclasses.replace(SMALL, context=16, positions="last"), tmp_path / "out")
+    )
+    ends = [len(tokenise(lm, document, 10_000).input_ids) - 1 for document in documents]
+    assert sorted(map(tuple, table[:, :2].tolist())) == list(enumerate(ends))
+
+
+def test_a_documents_share_is_a_uniform_sample_of_all_its_windows(lm: LanguageModel, tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, context=16, per_document=5)
+    documents = [Document.of_text("wait " * 80, id=str(n)) for n in range(200)] + [Document.of_text("wait")]
+
+    def table(out: str, seed: int) -> list[tuple[int, ...]]:
+        store = capture(lm, documents, config, tmp_path / out, seed=seed)
+        assert store.manifest.facts["per_document"] == 5
+        return sorted(map(tuple, everything(store)[1][:, :2].tolist()))
+
+    drawn = table("a", 1)
+    counts = torch.bincount(torch.tensor(drawn)[:, 0])
+    assert counts[:-1].unique().tolist() == [5] and counts[-1] < 5
+    assert drawn == table("b", 1) and drawn != table("c", 2)
+    length = len(tokenise(lm, documents[0], 10_000).input_ids)
+    places = torch.tensor([position for n, position in drawn if n < 200]).double()
+    # 1,000 draws of a uniform place: the mean is within 4 standard errors of the middle.
+    assert abs(places.mean() - (length - 1) / 2) < 4 * length / 12**0.5 / 1000**0.5
+    # What one document gives does not depend on the others.
+    alone = capture(lm, documents[3:4], config, tmp_path / "d", seed=1)
+    assert sorted(everything(alone)[1][:, 1].tolist()) == [p for n, p in drawn if n == 3]
+
+
+def test_tokens_of_extreme_norm_are_skipped_and_counted(
+    tiny_llama: Path, texts: Make, tmp_path: Path
+) -> None:
+    lm = load_model(tiny_llama)
+    loud = tokenise(lm, Document.of_text("doctor"), 10).input_ids[1]
+    with torch.no_grad():
+        lm.model.get_input_embeddings().weight[loud] *= 100
+    sites = (Site(0, "resid_post"), Site(2, "mlp_out"))
+    config = dataclasses.replace(SMALL, sites=sites, skip_norm_above=3.0)
+    documents = list(texts(30))
+    full = capture(lm, documents, dataclasses.replace(config, skip_norm_above=None), tmp_path / "full")
+    store = capture(lm, documents, config, tmp_path / "some")
+    values, table = zip(*(everything(full, site) for site in sites), strict=True)
+    norms = [x.norm(dim=1) for x in values]
+    small = torch.stack([n <= 3 * float(n.quantile(0.5)) for n in norms]).all(dim=0)
+    kept, places = everything(store, sites[0])
+    assert 0 < int((~small).sum()) < len(small) / 2
+    assert torch.equal(places, table[0][small]) and torch.equal(kept, values[0][small])
+    assert torch.equal(everything(store, sites[1])[0], values[1][small])
+    facts = store.manifest.facts["skip_norm_above"]
+    assert (facts["times"], facts["skipped"]) == (3.0, int((~small).sum()))
+    assert facts["measured_on_tokens"] == full.n_tokens
+    for site, n in zip(sites, norms, strict=True):
+        assert facts["medians"][str(site)] == pytest.approx(float(n.quantile(0.5)), rel=1e-5)
+    captured = torch.bincount(places[:, 0], minlength=30).tolist()
+    assert [record["captured"] for record in store.documents()] == captured
+    assert full.n_tokens == store.n_tokens + facts["skipped"]
+
+
+def test_values_that_are_not_finite_are_refused_and_not_skipped(
+    loud: LanguageModel, texts: Make, tmp_path: Path
+) -> None:
+    token = tokenise(loud, Document.of_text("doctor"), 10).input_ids[1]
+    with torch.no_grad():
+        loud.model.get_input_embeddings().weight[token] = float("nan")
+    refused("not finite", tmp_path / "out", loud, texts(9), skip_norm_above=2.0)
 
 
 @pytest.mark.parametrize("rows", [1, 601, 2400])

@@ -44,6 +44,27 @@ def test_a_sentence_says_that_the_corpus_was_too_small(
     assert "1,000,000 were asked for" in capsys.readouterr().out
 
 
+def test_what_was_chosen_is_said_and_recorded(tiny_gpt2: Path, tmp_path: Path, capsys) -> None:
+    text = tmp_path / "corpus.jsonl"
+    records = [{"text": f"the red ball {i} was delayed", "stratum": "a" if i % 9 else "b"} for i in range(45)]
+    text.write_text("".join(json.dumps(record) + "\n" for record in records))
+    more = ["--per-stratum", "5", "--per-document", "3", "--skip-norm-above", "1.1", "--seed", "4"]
+    assert main(arguments(tiny_gpt2, text, tmp_path / "out", *more)) == 0
+    said = capsys.readouterr().out
+    facts = ActivationStore(tmp_path / "out").manifest.facts
+    kept, skipped = facts["strata"]["a"]["kept"], facts["skip_norm_above"]["skipped"]
+    assert 5 < kept < 40 and skipped > 0
+    assert (
+        f"{skipped} more were skipped for their norm; documents by stratum: {kept} of 40 a, 5 of 5 b" in said
+    )
+    made_by = ActivationStore(tmp_path / "out").manifest.made_by
+    assert made_by.seed == 4 and made_by.command.endswith(
+        "--per-document 3 --per-stratum 5 --skip-norm-above 1.1 --seed 4"
+    )
+    assert main(arguments(tiny_gpt2, text, tmp_path / "again", *more, "--json")) == 0
+    assert json.loads(capsys.readouterr().out)["strata"] == facts["strata"]
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from unbraid.activations.norms import SKIPPED, NormLimit
 from unbraid.activations.plan import Piece, Plan
 from unbraid.activations.shards import ShardWriter
 from unbraid.activations.store import KIND, ActivationStore
+from unbraid.activations.strata import Strata
 from unbraid.activations.text import Document, Positions
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.files import building
@@ -24,6 +26,13 @@ from unbraid.model.read import read_sites
 from unbraid.model.sites import Site
 
 LARGEST_FLOAT16 = 65504.0
+WANTED: dict[Positions, str] = {
+    "all": "token",
+    "reply": "token of an assistant's reply",
+    "focus": "token in a focus",
+    "mask": "token in the documents' spans",
+    "last": "token",
+}
 
 
 @dataclass(frozen=True)
@@ -37,18 +46,29 @@ class CaptureOptions:
     batch_tokens: int = 4096
     """Tokens in a padded batch."""
     positions: Positions = "all"
-    """Which tokens are kept: all, or those of assistant replies, or those of the documents' focus."""
+    """Which tokens are kept: all, or those of assistant replies, of the documents' focus, of the documents'
+    spans (mask), or each document's last one."""
+    per_document: int | None = None
+    """Tokens kept of a document at most, drawn at random from all of it."""
+    per_stratum: int | None = None
+    """Favour rare strata: documents taken of each stratum in full; its n-th after these with probability
+    √(this / n). Documents name theirs in the field stratum."""
+    skip_norm_above: float | None = None
+    """Skip tokens whose norm is more than this many times the median at any site; --tokens counts them."""
     dtype: Literal["float16", "float32"] = "float16"
     """How activations are stored."""
     shard_tokens: int = 32768
     """Tokens in a shard; a killed run loses at most this many."""
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "context", "batch_tokens", "shard_tokens"):
+        counts = ("tokens", "context", "batch_tokens", "shard_tokens", "per_document", "per_stratum")
+        for name in counts:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; choose a --{name.replace('_', '-')} of at least 1")
-        for name, known in (("positions", ("all", "reply", "focus")), ("dtype", ("float16", "float32"))):
+        if self.skip_norm_above is not None and not 1 < self.skip_norm_above < float("inf"):
+            raise UserError(f"skip_norm_above is {self.skip_norm_above}; choose a --skip-norm-above beyond 1")
+        for name, known in (("positions", get_args(Positions)), ("dtype", ("float16", "float32"))):
             if (value := getattr(self, name)) not in known:
                 raise UserError(f"{name} {value!r} is not known; choose --{name} from {', '.join(known)}")
 
@@ -83,7 +103,7 @@ def capture(
     BOS, EOS and PAD are never captured. A document longer than the context becomes several windows under
     one document id. Killed and called again with the same arguments, it goes on after the last finished
     shard, and the files come out byte for byte as if it had never been killed (same machine and versions).
-    Nothing is drawn at random; `seed` is only recorded. Memory does not grow with the corpus.
+    `seed` decides what `per_document` and `per_stratum` draw. Memory does not grow with the corpus.
 
     Raises UserError when `out` exists, a site or context does not fit the model, no token is found, a value
     does not fit the stored type, or a partial run in the way was made with other settings or documents;
@@ -91,14 +111,32 @@ def capture(
     """
     _fits(lm, config)
     with building(Path(out)) as folder:
-        plan = Plan(lm, documents, config.context, config.batch_tokens, config.positions, config.tokens)
-        writer = ShardWriter(
-            folder, _settings(lm, config), names=[str(site) for site in config.sites], width=lm.d_in
+        strata = None if config.per_stratum is None else Strata(config.per_stratum, seed)
+        plan = Plan(
+            lm,
+            documents if strata is None else strata.sample(documents),
+            config.context,
+            config.batch_tokens,
+            config.positions,
+            config.tokens,
+            config.per_document,
+            seed,
+        )
+        names = [str(site) for site in config.sites]
+        writer = ShardWriter(folder, _settings(lm, config, seed), names=names, width=lm.d_in)
+        if not writer.records:
+            (folder / SKIPPED).unlink(missing_ok=True)  # of a run that was killed before its first shard
+        limit = (
+            None
+            if config.skip_norm_above is None
+            else NormLimit(folder, config.skip_norm_above, writer.finished)
         )
         try:
-            _run(lm, plan, config, writer, progress)
+            _run(lm, plan, config, writer, limit, progress)
         except BaseException as error:
             writer.abandon(clear=isinstance(error, UserError))
+            if isinstance(error, UserError) and not writer.records:
+                (folder / SKIPPED).unlink(missing_ok=True)
             raise
         write_manifest(
             folder,
@@ -108,7 +146,7 @@ def capture(
             inputs={"model": lm.id, "tokenizer": lm.tokenizer_id, "corpus": plan.corpus},
             facts={
                 "model": lm.name,
-                "sites": [str(site) for site in config.sites],
+                "sites": names,
                 "d_in": lm.d_in,
                 "tokens": writer.rows,
                 "documents": plan.read,
@@ -117,44 +155,91 @@ def capture(
                 "dtype": config.dtype,
                 "shard_tokens": config.shard_tokens,
                 "read": plan.digest,
+                **({} if config.per_document is None else {"per_document": config.per_document}),
+                **({} if strata is None else {"per_stratum": strata.full, "strata": strata.facts()}),
+                **({} if limit is None else {"skip_norm_above": limit.facts()}),
             },
         )
     return ActivationStore(out)
 
 
 def _run(
-    lm: LanguageModel, plan: Plan, config: CaptureConfig, writer: ShardWriter, progress: Progress | None
+    lm: LanguageModel,
+    plan: Plan,
+    config: CaptureConfig,
+    writer: ShardWriter,
+    limit: NormLimit | None,
+    progress: Progress | None,
 ) -> None:
+    held: list[dict[str, Any]] = []
     for group in plan:
-        writer.add_documents(group.records)
+        if limit is not None:
+            limit.measure(group.batches, lambda batch: _read(lm, batch, config)[0])
         for batch in group.batches:
-            rows = sum(piece.rows for piece in batch)
-            old = min(rows, max(writer.finished - writer.rows, 0))
-            writer.skip(old, group.digest)
-            if old < rows:
-                values, columns = _read(lm, batch, config)
-                writer.add(
-                    {name: tensor[old:] for name, tensor in values.items()},
-                    {name: tensor[old:] for name, tensor in columns.items()},
-                    group.digest,
-                )
+            _store(lm, batch, config, writer, limit, group.digest)
             if progress is not None:
                 # Without a budget the end is unknown: the total grows with what has been tokenised.
                 progress(writer.rows, config.tokens or plan.planned, f"{plan.read} documents read")
+        held += group.records
+        _record(held[:-1], plan.read - len(held), writer, limit)
+        held = held[-1:]  # the last document may go on in the next group
+    _record(held, plan.read - len(held), writer, limit)
     if not plan.read:
         raise UserError("the corpus holds no documents; give a file with at least one")
     if not plan.planned:
-        wanted = {"all": "token", "reply": "token of an assistant's reply", "focus": "token in a focus"}
         raise UserError(
-            f"the corpus holds no {wanted[config.positions]}; give another --text or choose other --positions"
+            f"the corpus holds no {WANTED[config.positions]}; give another --text or choose other --positions"
         )
     writer.close()
+
+
+def _record(records: list[dict[str, Any]], first: int, writer: ShardWriter, limit: NormLimit | None) -> None:
+    """Write the records of documents from number `first` on, less what the limit skipped of them."""
+    if limit is not None:
+        records = [{**r, "captured": r["captured"] - limit.take(n)} for n, r in enumerate(records, first)]
+    writer.add_documents(records)
+
+
+def _store(
+    lm: LanguageModel,
+    batch: list[Piece],
+    config: CaptureConfig,
+    writer: ShardWriter,
+    limit: NormLimit | None,
+    digest: str,
+) -> None:
+    """Give a batch's rows to the writer; a batch that finished shards hold is not read again."""
+    left = max(writer.finished - writer.rows, 0)
+    known = sum(piece.rows for piece in batch) if limit is None else limit.rows()
+    if known is not None and known <= left:
+        if limit is not None:
+            limit.record(batch, None)
+        writer.skip(known, digest)
+        return
+    values, columns = _read(lm, batch, config)
+    if limit is not None:
+        small = limit.small(values)
+        limit.record(batch, small)
+        values = {site: rows[small.to(rows.device)] for site, rows in values.items()}
+        columns = {name: column[small] for name, column in columns.items()}
+    old = min(len(columns["tokens"]), left)
+    writer.skip(old, digest)
+    for site, rows in values.items():
+        _check_range(rows, site, config, columns["documents"], batch)
+    dtype = getattr(torch, config.dtype)
+    if old < len(columns["tokens"]):
+        writer.add(
+            {site: rows[old:].to(dtype).cpu() for site, rows in values.items()},
+            {name: column[old:] for name, column in columns.items()},
+            digest,
+        )
 
 
 def _read(
     lm: LanguageModel, batch: list[Piece], config: CaptureConfig
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Activations (n, d) by site and the columns (n,), for the batch's n wanted tokens, piece after piece."""
+    """The model's activations (n, d) by site and the columns (n,), for the batch's n wanted tokens, in the
+    order of its pieces."""
     shape = (len(batch), max(len(piece.window.input_ids) for piece in batch))
     ids = np.full(shape, lm.pad_id, dtype=np.int64)
     # Padding stands on the right, where a causal model's real tokens never look.
@@ -171,24 +256,22 @@ def _read(
         lm, torch.from_numpy(ids).to(lm.device), torch.from_numpy(mask).to(lm.device), list(config.sites)
     )
     wanted = torch.from_numpy(keep)
-    values: dict[str, Tensor] = {}
-    for site in config.sites:
-        rows = read[site][wanted.to(read[site].device)]
-        _check_range(rows, site, config, batch)
-        values[str(site)] = rows.to(getattr(torch, config.dtype)).cpu()
+    values = {str(site): read[site][wanted.to(read[site].device)] for site in config.sites}
     columns = {"tokens": ids.astype(np.int32), "documents": documents, "positions": positions}
     return values, {name: torch.from_numpy(column[keep]) for name, column in columns.items()}
 
 
-def _check_range(rows: Tensor, site: Site, config: CaptureConfig, batch: list[Piece]) -> None:
+def _check_range(
+    rows: Tensor, site: str, config: CaptureConfig, documents: Tensor, batch: list[Piece]
+) -> None:
     """Refuse values that the stored type cannot hold: a silent infinity would poison all that follows."""
     largest = rows.abs().amax(dim=1).float() if len(rows) else torch.zeros(1)
     finite = bool(torch.isfinite(largest).all())
     if finite and (config.dtype == "float32" or float(largest.max()) <= LARGEST_FLOAT16):
         return
     worst = int((torch.nan_to_num(largest, nan=torch.inf)).argmax())
-    ids = np.repeat([piece.window.id for piece in batch], [piece.rows for piece in batch])
-    where = f"at {site} in document {ids[worst]}"
+    ids = {piece.document: piece.window.id for piece in batch}
+    where = f"at {site} in document {ids[int(documents[worst])]}"
     if not finite:
         raise UserError(f"the model gives a value that is not finite {where}; load it with another dtype")
     raise UserError(
@@ -207,7 +290,7 @@ def _fits(lm: LanguageModel, config: CaptureConfig) -> None:
         )
 
 
-def _settings(lm: LanguageModel, config: CaptureConfig) -> dict[str, Any]:
+def _settings(lm: LanguageModel, config: CaptureConfig, seed: int) -> dict[str, Any]:
     """All that the bytes of a shard depend on but the documents."""
     return {
         "model": lm.id,
@@ -222,4 +305,8 @@ def _settings(lm: LanguageModel, config: CaptureConfig) -> dict[str, Any]:
         "positions": config.positions,
         "dtype": config.dtype,
         "shard_tokens": config.shard_tokens,
+        "per_document": config.per_document,
+        "per_stratum": config.per_stratum,
+        "skip_norm_above": config.skip_norm_above,
+        "seed": seed if config.per_document or config.per_stratum else None,
     }

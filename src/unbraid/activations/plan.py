@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from unbraid.activations.strata import draw
 from unbraid.activations.text import Document, Positions, TokenisedDocument, windows
 
 # Windows are sorted by length within this many batches' worth of tokens: little padding, bounded memory.
@@ -62,6 +63,8 @@ class Plan:
     batch_tokens: int
     positions: Positions
     tokens: int | None
+    per_document: int | None = None
+    seed: int = 0
     planned: int = 0
     """Tokens to capture so far; never more than `tokens`, to the token, counted in the corpus' order."""
     read: int = 0
@@ -105,8 +108,7 @@ class Plan:
         cut = windows(self.tokenizer, document, self.context)
         pieces: list[Piece] = []
         captured = 0
-        for window in cut:
-            keep = window.captured(self.positions)
+        for window, keep in zip(cut, self._wanted(document, cut), strict=True):
             if self.tokens is not None:
                 # The budget ends inside a document, not at its end: the rest of it is not captured.
                 keep &= np.cumsum(keep) <= self.tokens - self.planned
@@ -122,6 +124,22 @@ class Plan:
         self.read += 1
         length = cut[-1].positions[-1] + 1 if cut else 0
         return pieces, {"id": document.id, "tokens": length, "captured": captured}
+
+    def _wanted(self, document: Document, cut: list[TokenisedDocument]) -> list[NDArray[np.bool_]]:
+        """Masks (T,) of each window's tokens at the wanted positions, at most `per_document` in all.
+
+        Of more tokens a uniform sample is drawn, not the first: those are titles and openings, and a model
+        treats the beginning of a text unlike the rest. The sample depends on the seed and the document.
+        """
+        wanted = [window.captured(self.positions) for window in cut]
+        total = sum(int(keep.sum()) for keep in wanted)
+        if self.per_document is None or total <= self.per_document:
+            return wanted
+        drawn = draw(self.seed, document.id).choice(total, self.per_document, replace=False)
+        places = np.flatnonzero(np.concatenate(wanted))
+        sampled = np.zeros(sum(map(len, wanted)), dtype=np.bool_)
+        sampled[places[drawn]] = True
+        return np.split(sampled, np.cumsum([len(keep) for keep in wanted])[:-1])
 
 
 def batched(pieces: list[Piece], batch_tokens: int) -> list[list[Piece]]:

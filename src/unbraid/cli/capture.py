@@ -33,6 +33,8 @@ class Options:
     """Folder to make; a capture that was killed goes on where it stopped."""
     config: Annotated[CaptureOptions, tyro.conf.arg(name="")] = field(default_factory=CaptureOptions)
     """How to capture."""
+    seed: int = 0
+    """Seed of what --per-document and --per-stratum draw."""
     device: str = "cpu"
     """Where the model runs: cpu, cuda, …"""
     json: bool = False
@@ -50,6 +52,7 @@ def run(options: Options) -> None:
             read_documents(options.text),
             config,
             options.out,
+            seed=options.seed,
             command=_command(options),
             progress=progress,
         )
@@ -67,7 +70,13 @@ def _command(options: Options) -> str:
     for name, value in asdict(options.config).items():
         if value != default[name]:
             words += [f"--{name.replace('_', '-')}", str(value)]
+    if options.seed:
+        words += ["--seed", str(options.seed)]
     return shlex.join(words)
+
+
+CHOSEN = ("per_document", "per_stratum", "strata", "skip_norm_above")
+"""Facts that a store has where they were asked for."""
 
 
 def _record(store: ActivationStore) -> dict[str, object]:
@@ -81,18 +90,23 @@ def _record(store: ActivationStore) -> dict[str, object]:
         "d_in": store.d_in(store.sites[0]),
         "dtype": store.dtype,
         "shards": len(store.shards),
+        **{name: store.manifest.facts[name] for name in CHOSEN if name in store.manifest.facts},
         "bytes": sum(entry.bytes for entry in store.manifest.files.values()),
     }
 
 
 def _sentence(store: ActivationStore, config: CaptureConfig) -> str:
-    asked = config.tokens
-    short = (
-        f" (the corpus has no more than that, {asked:,} were asked for)"
-        if asked and store.n_tokens < asked
-        else ""
-    )
+    facts, asked = store.manifest.facts, config.tokens
+    skipped = facts.get("skip_norm_above", {}).get("skipped", 0)
+    more = ""
+    if asked and store.n_tokens + skipped < asked:
+        more += f" (the corpus has no more than that, {asked:,} were asked for)"
+    if "skip_norm_above" in facts:
+        more += f"; {skipped:,} more were skipped for their norm"
+    if "strata" in facts:
+        kept = ", ".join(f"{n['kept']:,} of {n['read']:,} {name}" for name, n in facts["strata"].items())
+        more += f"; documents by stratum: {kept}"
     return (
         f"{store.folder}: {store.n_tokens:,} tokens of {store.n_documents:,} documents at"
-        f" {', '.join(map(str, store.sites))}{short}"
+        f" {', '.join(map(str, store.sites))}{more}"
     )
