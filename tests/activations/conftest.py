@@ -29,9 +29,9 @@ def _chats(n: int, seed: int = 0) -> Iterator[Document]:
             for role, turn in zip(("user", "assistant", "user", "assistant"), turns, strict=True)
         ]
         start = turns[-1].index(" ") + 1
-        spans = [(0, 0, 2), (3, start, len(turns[-1]))]
+        mask = [(0, 0, 2), (3, start, len(turns[-1]))]
         focus = (start, (turns[-1] + " ").index(" ", start))
-        yield Document.of_messages(messages, focus=focus, spans=spans)
+        yield Document.of_messages(messages, focus=focus, mask=mask)
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +42,7 @@ def texts() -> Callable[..., Iterator[Document]]:
 
 @pytest.fixture(scope="session")
 def chats() -> Callable[..., Iterator[Document]]:
-    """Makes n conversations of four turns whose focus is the second word of the last reply, and spans."""
+    """Makes n conversations of four turns whose focus is the second word of the last reply, and a mask."""
     return _chats
 
 

@@ -199,7 +199,7 @@ def test_impossible_captures_are_refused_and_leave_no_trace(
     refused("no documents", out, lm, [])
     refused("no token", out, lm, [Document.of_text("")])
     refused("no token of an assistant's reply", out, lm, texts(3), positions="reply")
-    refused("no token in the documents' spans", out, lm, texts(3), positions="mask")
+    refused("no token in a mask", out, lm, texts(3), positions="mask")
     refused("no field stratum", out, lm, texts(3), per_stratum=2)
     refused("layers.7.resid_post does not exist", out, lm, texts(3), sites=(Site(7, "resid_post"),))
     refused("context 513 is longer than the 512", out, lm, texts(3), context=513)

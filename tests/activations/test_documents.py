@@ -54,15 +54,15 @@ def test_json_lines_give_texts_conversations_ids_and_focus(tmp_path: Path) -> No
     assert second == Document("m", None, tuple(messages), (0, 5))
 
 
-def test_spans_and_strata_come_from_the_record(tmp_path: Path) -> None:
+def test_masks_and_strata_come_from_the_record(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello there"}]
     lines = [
-        {"text": "one", "spans": [[0, 1], [2, 3]], "stratum": "short"},
-        {"messages": messages, "spans": [[1, 6, 11]]},
+        {"text": "one", "mask": [[0, 1], [2, 3]], "stratum": "short"},
+        {"messages": messages, "mask": [[1, 6, 11]]},
     ]
     first, second = read_documents(write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, lines))))
-    assert (first.spans, first.stratum) == (((0, 0, 1), (0, 2, 3)), "short")
-    assert (second.spans, second.stratum) == (((1, 6, 11),), None)
+    assert (first.mask, first.stratum) == (((0, 0, 1), (0, 2, 3)), "short")
+    assert (second.mask, second.stratum) == (((1, 6, 11),), None)
 
 
 def test_ids_follow_content_and_roles() -> None:
@@ -89,11 +89,11 @@ def test_ids_follow_content_and_roles() -> None:
         ('{"text": "abc", "id": 7}', "id"),
         ('{"text": "abc", "stratum": 7}', "stratum must be a string"),
         ('{"text": "abc", "stratum": ""}', "stratum must not be empty"),
-        ('{"text": "abc", "spans": [[1, 4]]}', r"spans must be a list of \[start, end\]"),
-        ('{"text": "abc", "spans": [[0, 0, 2]]}', "spans"),
-        ('{"text": "abc", "spans": [1, 2]}', "spans"),
-        ('{"messages": [{"role": "a", "content": "b"}], "spans": [[0, 1]]}', r"\[message, start, end\]"),
-        ('{"messages": [{"role": "a", "content": "b"}], "spans": [[1, 0, 1]]}', "spans"),
+        ('{"text": "abc", "mask": [[1, 4]]}', r"mask must be a list of \[start, end\]"),
+        ('{"text": "abc", "mask": [[0, 0, 2]]}', "mask"),
+        ('{"text": "abc", "mask": [1, 2]}', "mask"),
+        ('{"messages": [{"role": "a", "content": "b"}], "mask": [[0, 1]]}', r"\[message, start, end\]"),
+        ('{"messages": [{"role": "a", "content": "b"}], "mask": [[1, 0, 1]]}', "mask"),
     ],
 )
 def test_a_wrong_line_is_named_with_its_number(tmp_path: Path, line: str, says: str) -> None:

@@ -201,21 +201,21 @@ class SlowTokenizer:
 
 
 @pytest.mark.parametrize("template", [CHATML, TRIMMING, None])
-def test_spans_of_any_message_become_the_tokens_that_touch_them(
+def test_a_mask_of_any_message_becomes_the_tokens_that_touch_it(
     tiny_llama: Path, template: str | None
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     tokenizer.chat_template = template
     contents = ("  the red ball", "a doctor would say", "the red ball again ")
-    spans = [(0, contents[0].index("red"), len(contents[0]) - 1), (2, 4, 7)]
+    mask = [(0, contents[0].index("red"), len(contents[0]) - 1), (2, 4, 7)]
     messages = [
         {"role": r, "content": c} for r, c in zip(("user", "assistant", "user"), contents, strict=True)
     ]
-    window = tokenise(tokenizer, Document.of_messages(messages, spans=spans), 10_000)
-    found = pieces(tokenizer, window, window.span_mask)
+    window = tokenise(tokenizer, Document.of_messages(messages, mask=mask), 10_000)
+    found = pieces(tokenizer, window, window.data_mask)
     assert found.replace(" ", "").startswith("redbal") and found.rstrip().endswith("red")
     assert not any(word in found for word in ("doctor", "again", "the"))
     with pytest.raises(UserError, match="outside its text"):
-        tokenise(tokenizer, Document.of_messages(messages, spans=[(0, 0, 99)]), 99)
+        tokenise(tokenizer, Document.of_messages(messages, mask=[(0, 0, 99)]), 99)
     with pytest.raises(UserError, match="message 3, which it does not have"):
-        tokenise(tokenizer, Document.of_messages(messages, spans=[(3, 0, 1)]), 99)
+        tokenise(tokenizer, Document.of_messages(messages, mask=[(3, 0, 1)]), 99)

@@ -30,7 +30,7 @@ WANTED: dict[Positions, str] = {
     "all": "token",
     "reply": "token of an assistant's reply",
     "focus": "token in a focus",
-    "mask": "token in the documents' spans",
+    "mask": "token in a mask",
     "last": "token",
 }
 
@@ -47,7 +47,7 @@ class CaptureOptions:
     """Tokens in a padded batch."""
     positions: Positions = "all"
     """Which tokens are kept: all, or those of assistant replies, of the documents' focus, of the documents'
-    spans (mask), or each document's last one."""
+    mask, or each document's last one."""
     per_document: int | None = None
     """Tokens kept of a document at most, drawn at random from all of it."""
     per_stratum: int | None = None

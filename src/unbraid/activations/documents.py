@@ -35,8 +35,8 @@ class Document:
     """A conversation: mappings with the keys `role` and `content`."""
     focus: tuple[int, int] | None = None
     """Character span [start, end) of interest in the last message's content, or in the text."""
-    spans: tuple[Span, ...] = ()
-    """The data's own mask: the characters whose tokens `--positions mask` keeps."""
+    mask: tuple[Span, ...] = ()
+    """The characters whose tokens `--positions mask` keeps."""
     stratum: str | None = None
     """The kind of text that it is, where the corpus says so; `--per-stratum` counts by it."""
 
@@ -46,11 +46,11 @@ class Document:
         *,
         id: str | None = None,
         focus: tuple[int, int] | None = None,
-        spans: Sequence[Span] = (),
+        mask: Sequence[Span] = (),
         stratum: str | None = None,
     ) -> Document:
         """A text document; its id is the text's hash unless one is given."""
-        return Document(id or _content_hash(text.encode()), text, None, focus, tuple(spans), stratum)
+        return Document(id or _content_hash(text.encode()), text, None, focus, tuple(mask), stratum)
 
     @staticmethod
     def of_messages(
@@ -58,13 +58,13 @@ class Document:
         *,
         id: str | None = None,
         focus: tuple[int, int] | None = None,
-        spans: Sequence[Span] = (),
+        mask: Sequence[Span] = (),
         stratum: str | None = None,
     ) -> Document:
         """A conversation; its id is the hash of its canonical JSON unless one is given."""
         plain = [{"role": m["role"], "content": m["content"]} for m in messages]
         id = id or _content_hash(canonical_json(plain))
-        return Document(id, None, tuple(plain), focus, tuple(spans), stratum)
+        return Document(id, None, tuple(plain), focus, tuple(mask), stratum)
 
 
 def _content_hash(content: bytes) -> str:
@@ -75,7 +75,7 @@ def read_documents(source: Path | str) -> Iterator[Document]:
     """Documents of a corpus, one at a time, in its order, read as a stream: its size does not matter.
 
     * `.jsonl`: each line an object with `text` or `messages` and optionally `id`, `focus` [start, end],
-      `spans` ([start, end] in a text, [message, start, end] in a conversation, messages counted from 0) and
+      `mask` ([start, end] in a text, [message, start, end] in a conversation, messages counted from 0) and
       `stratum`; other fields are ignored. `.jsonl.gz` and `.jsonl.zst` as well.
     * `.parquet`, or a folder of such files: rows with columns of these names.
     * `hf:owner/name`, `hf:owner/name/configuration` or `hf:FOLDER`, each with `:split` for another than
@@ -209,7 +209,7 @@ def parse_document(record: object) -> Document:
     more: dict[str, Any] = {
         "id": id_,
         "focus": _parse_focus(fields.get("focus"), contents[-1]),
-        "spans": _parse_spans(fields.get("spans"), contents, with_message=text is None),
+        "mask": _parse_mask(fields.get("mask"), contents, with_message=text is None),
         "stratum": stratum,
     }
     return Document.of_messages(parsed, **more) if parsed else Document.of_text(contents[0], **more)
@@ -254,7 +254,7 @@ def _parse_focus(value: object, content: str) -> tuple[int, int] | None:
             )
 
 
-def _parse_spans(value: object, contents: Sequence[str], *, with_message: bool) -> tuple[Span, ...]:
+def _parse_mask(value: object, contents: Sequence[str], *, with_message: bool) -> tuple[Span, ...]:
     if value is None:
         return ()
     spans: list[Span] = []
@@ -268,7 +268,7 @@ def _parse_spans(value: object, contents: Sequence[str], *, with_message: bool) 
             case _:
                 form = "[message, start, end]" if with_message else "[start, end]"
                 raise UserError(
-                    f"the field spans must be a list of {form}, each with 0 ≤ start < end ≤ the length of"
+                    f"the field mask must be a list of {form}, each with 0 ≤ start < end ≤ the length of"
                     f" {'that message, counted from 0' if with_message else 'the text'} (found {span!r:.40})"
                 )
     return tuple(spans)

@@ -48,8 +48,8 @@ class TokenisedDocument:
     """True on tokens that hold at least one character of an assistant message's content."""
     focus_mask: tuple[bool, ...]
     """True on tokens that hold at least one character of the document's focus span."""
-    span_mask: tuple[bool, ...]
-    """True on tokens that hold at least one character of the document's spans."""
+    data_mask: tuple[bool, ...]
+    """True on tokens that hold at least one character of the document's mask."""
     last_mask: tuple[bool, ...]
     """True on the document's last token that is not special, if that is in this window."""
     special_mask: tuple[bool, ...]
@@ -63,7 +63,7 @@ class TokenisedDocument:
         masks = {
             "reply": self.reply_mask,
             "focus": self.focus_mask,
-            "mask": self.span_mask,
+            "mask": self.data_mask,
             "last": self.last_mask,
         }
         if positions != "all":
@@ -85,8 +85,8 @@ class Rendered(NamedTuple):
     """Characters [start, end) of each assistant message's content."""
     focus: Spans
     """The document's focus; empty if it has none."""
-    spans: Spans
-    """The document's spans."""
+    mask: Spans
+    """The document's mask."""
 
 
 _encoders: weakref.WeakKeyDictionary[Any, Tokenizer] = weakref.WeakKeyDictionary()
@@ -108,7 +108,7 @@ def windows(source: Any, document: Document, context: int) -> list[TokenisedDocu
     one the messages' contents are joined as they are.
 
     Raises UserError for a tokenizer without character offsets, a chat template that rewrites message
-    contents, a focus or span outside the text, or a context too short for one token.
+    contents, a focus or mask outside the text, or a context too short for one token.
     """
     tokenizer = getattr(source, "tokenizer", source)
     rendered = render(tokenizer, document)
@@ -122,7 +122,7 @@ def windows(source: Any, document: Document, context: int) -> list[TokenisedDocu
     masks = {
         "reply_mask": _overlaps(offsets, rendered.replies),
         "focus_mask": _overlaps(offsets, rendered.focus),
-        "span_mask": _overlaps(offsets, rendered.spans),
+        "data_mask": _overlaps(offsets, rendered.mask),
         "last_mask": np.arange(len(ids)) == np.flatnonzero(~special).max(initial=-1),
         "special_mask": special,
     }
@@ -188,14 +188,14 @@ def _located(document: Document, rendered: str, places: list[tuple[int, str, str
         if role == "assistant"
     ]
     focus = [] if document.focus is None else [_shift(document, "focus", places[-1], document.focus)]
-    spans: Spans = []
-    for message, *span in document.spans:
+    mask: Spans = []
+    for message, *span in document.mask:
         if not 0 <= message < len(places):
             raise UserError(
-                f"a span of document {document.id} names message {message}, which it does not have"
+                f"the mask of document {document.id} names message {message}, which it does not have"
             )
-        spans.append(_shift(document, "span", places[message], (span[0], span[1])))
-    return Rendered(rendered, replies, focus, spans)
+        mask.append(_shift(document, "mask", places[message], (span[0], span[1])))
+    return Rendered(rendered, replies, focus, mask)
 
 
 def _template(tokenizer: Any) -> bool:
