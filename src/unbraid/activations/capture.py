@@ -13,6 +13,7 @@ from torch import Tensor
 
 from unbraid.activations.norms import SKIPPED, NormLimit
 from unbraid.activations.plan import Piece, Plan
+from unbraid.activations.scrub import Scrubber
 from unbraid.activations.shards import ShardWriter
 from unbraid.activations.store import KIND, ActivationStore
 from unbraid.activations.strata import Strata
@@ -55,6 +56,11 @@ class CaptureOptions:
     √(this / n). Documents name theirs in the field stratum."""
     skip_norm_above: float | None = None
     """Skip tokens whose norm is more than this many times the median at any site; --tokens counts them."""
+    scrub: bool = False
+    """Replace e-mail addresses, phone numbers, names, cards, postal addresses and keys by <EMAIL> and so on,
+    before anything is read or stored; they are counted by kind. Much is missed: benchmarks/RESULTS.md."""
+    scrub_model: str | None = None
+    """An installed spaCy pipeline, whose persons --scrub takes for names as well."""
     dtype: Literal["float16", "float32"] = "float16"
     """How activations are stored."""
     shard_tokens: int = 32768
@@ -68,6 +74,8 @@ class CaptureOptions:
                 raise UserError(f"{name} is {value}; choose a --{name.replace('_', '-')} of at least 1")
         if self.skip_norm_above is not None and not 1 < self.skip_norm_above < float("inf"):
             raise UserError(f"skip_norm_above is {self.skip_norm_above}; choose a --skip-norm-above beyond 1")
+        if self.scrub_model and not self.scrub:
+            raise UserError("scrub_model is given without scrub; add --scrub or leave out --scrub-model")
         for name, known in (("positions", get_args(Positions)), ("dtype", ("float16", "float32"))):
             if (value := getattr(self, name)) not in known:
                 raise UserError(f"{name} {value!r} is not known; choose --{name} from {', '.join(known)}")
@@ -110,11 +118,16 @@ def capture(
     IntegrityError when a finished shard of a partial run is damaged.
     """
     _fits(lm, config)
+    scrubber = Scrubber(config.scrub_model) if config.scrub else None
     with building(Path(out)) as folder:
         strata = None if config.per_stratum is None else Strata(config.per_stratum, seed)
+        if strata is not None:
+            documents = strata.sample(documents)
+        if scrubber is not None:
+            documents = scrubber.documents(documents)
         plan = Plan(
             lm,
-            documents if strata is None else strata.sample(documents),
+            documents,
             config.context,
             config.batch_tokens,
             config.positions,
@@ -123,7 +136,7 @@ def capture(
             seed,
         )
         names = [str(site) for site in config.sites]
-        writer = ShardWriter(folder, _settings(lm, config, seed), names=names, width=lm.d_in)
+        writer = ShardWriter(folder, _settings(lm, config, seed, scrubber), names=names, width=lm.d_in)
         if not writer.records:
             (folder / SKIPPED).unlink(missing_ok=True)  # of a run that was killed before its first shard
         limit = (
@@ -156,11 +169,28 @@ def capture(
                 "shard_tokens": config.shard_tokens,
                 "read": plan.digest,
                 **({} if config.per_document is None else {"per_document": config.per_document}),
-                **({} if strata is None else {"per_stratum": strata.full, "strata": strata.facts()}),
+                **(
+                    {}
+                    if strata is None
+                    else {"per_stratum": strata.full, "strata": _counts(strata, scrubber)}
+                ),
+                **({} if scrubber is None else {"scrub": scrubber.facts()}),
                 **({} if limit is None else {"skip_norm_above": limit.facts()}),
             },
         )
     return ActivationStore(out)
+
+
+def _counts(strata: Strata, scrubber: Scrubber | None) -> dict[str, dict[str, int]]:
+    """Documents by stratum, whose name may itself hold personal data."""
+    counts: dict[str, dict[str, int]] = {}
+    for name, found in strata.facts().items():
+        into = counts.setdefault(
+            name if scrubber is None else scrubber.scrub(name).text, dict.fromkeys(found, 0)
+        )
+        for key, n in found.items():
+            into[key] += n
+    return counts
 
 
 def _run(
@@ -290,7 +320,9 @@ def _fits(lm: LanguageModel, config: CaptureConfig) -> None:
         )
 
 
-def _settings(lm: LanguageModel, config: CaptureConfig, seed: int) -> dict[str, Any]:
+def _settings(
+    lm: LanguageModel, config: CaptureConfig, seed: int, scrubber: Scrubber | None
+) -> dict[str, Any]:
     """All that the bytes of a shard depend on but the documents."""
     return {
         "model": lm.id,
@@ -308,5 +340,6 @@ def _settings(lm: LanguageModel, config: CaptureConfig, seed: int) -> dict[str, 
         "per_document": config.per_document,
         "per_stratum": config.per_stratum,
         "skip_norm_above": config.skip_norm_above,
+        "scrub": None if scrubber is None else scrubber.versions,
         "seed": seed if config.per_document or config.per_stratum else None,
     }

@@ -12,6 +12,7 @@ import tyro
 
 from unbraid.activations.capture import CaptureConfig, CaptureOptions, capture
 from unbraid.activations.documents import read_documents
+from unbraid.activations.scrub import Scrubber
 from unbraid.activations.store import ActivationStore
 from unbraid.cli.models import open_model
 from unbraid.cli.progress import shown
@@ -45,6 +46,8 @@ def run(options: Options) -> None:
     """Capture, and print what was made."""
     config = CaptureConfig(**asdict(options.config), sites=tuple(Site.parse(name) for name in options.site))
     next(read_documents(options.text))  # a wrong file is told before a large model is loaded
+    if config.scrub:
+        Scrubber(config.scrub_model)  # as is what it lacks
     lm = open_model(options.model, device=options.device)
     with shown("capture", "tokens") as progress:
         store = capture(
@@ -69,13 +72,13 @@ def _command(options: Options) -> str:
     default = asdict(CaptureOptions())
     for name, value in asdict(options.config).items():
         if value != default[name]:
-            words += [f"--{name.replace('_', '-')}", str(value)]
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     if options.seed:
         words += ["--seed", str(options.seed)]
     return shlex.join(words)
 
 
-CHOSEN = ("per_document", "per_stratum", "strata", "skip_norm_above")
+CHOSEN = ("per_document", "per_stratum", "strata", "skip_norm_above", "scrub")
 """Facts that a store has where they were asked for."""
 
 
@@ -103,6 +106,9 @@ def _sentence(store: ActivationStore, config: CaptureConfig) -> str:
         more += f" (the corpus has no more than that, {asked:,} were asked for)"
     if "skip_norm_above" in facts:
         more += f"; {skipped:,} more were skipped for their norm"
+    if "scrub" in facts:
+        found = ", ".join(f"{n:,} {kind}" for kind, n in facts["scrub"]["found"].items())
+        more += f"; scrubbed: {found}"
     if "strata" in facts:
         kept = ", ".join(f"{n['kept']:,} of {n['read']:,} {name}" for name, n in facts["strata"].items())
         more += f"; documents by stratum: {kept}"
