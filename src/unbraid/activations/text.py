@@ -11,6 +11,7 @@ import json
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
@@ -19,6 +20,7 @@ from tokenizers import Tokenizer
 
 from unbraid.activations.documents import Document, Message, parse_document, read_documents
 from unbraid.manifest.errors import UserError
+from unbraid.model.load import LanguageModel
 
 __all__ = [
     "Document",
@@ -28,6 +30,7 @@ __all__ = [
     "parse_document",
     "read_documents",
     "render",
+    "require_tokenizer",
     "tokenise",
     "windows",
 ]
@@ -87,6 +90,18 @@ class Rendered(NamedTuple):
     """The document's focus; empty if it has none."""
     mask: Spans
     """The document's mask."""
+
+
+def require_tokenizer(lm: LanguageModel, wanted: str, what: Path) -> None:
+    """Raise UserError when `what` was made with another tokenizer, or chat template, than the model's.
+
+    The same weights read other tokens then, and everything that was measured on them would be off unnoticed.
+    """
+    if wanted != lm.tokenizer_id:
+        raise UserError(
+            f"{what} was made with tokenizer {wanted[:12]}… but model {lm.name} has {lm.tokenizer_id[:12]}…"
+            " (its chat template counts); load the model with the tokenizer of then"
+        )
 
 
 _encoders: weakref.WeakKeyDictionary[Any, Tokenizer] = weakref.WeakKeyDictionary()

@@ -12,7 +12,7 @@ from rich.console import Console
 from unbraid.cli.saes import this_command
 from unbraid.manifest.files import building
 from unbraid.manifest.identity import sha256_file
-from unbraid.manifest.record import MANIFEST, check_files, list_files, write_manifest
+from unbraid.manifest.record import MANIFEST, check_files, list_files, read_manifest, write_manifest
 from unbraid.model.sites import Site
 from unbraid.sae.formats import saelens, sparsify
 from unbraid.sae.formats.detect import Source, detect
@@ -55,6 +55,7 @@ def run(options: Options) -> None:
         sae.config = replace(sae.config, site=site, model_name=model_name)
         WRITERS[options.to](sae, folder)
         inputs, paths = _inputs(source)
+        made = read_manifest(paths["sae"]).facts if paths else {}
         write_manifest(
             folder,
             kind="sae",
@@ -66,6 +67,7 @@ def run(options: Options) -> None:
                 "site": sae.config.site,
                 "model": sae.config.model_name,
                 "model_id": sae.config.model_id,
+                **({"tokenizer_id": made["tokenizer_id"]} if "tokenizer_id" in made else {}),
                 "from": source.format,
                 "to": options.to,
             },

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from unbraid.activations.documents import read_documents
+from unbraid.activations.text import require_tokenizer
 from unbraid.cli.models import open_model
 from unbraid.cli.progress import shown
 from unbraid.cli.saes import open_sae, this_command
@@ -69,6 +70,8 @@ def run(options: Options) -> None:
     index = None if options.index is None else Index(options.index)
     sae_folder, model, site = _sources(options, index)
     lm = open_model(model, device=options.device)
+    if index is not None:
+        require_tokenizer(lm, index.manifest.inputs["tokenizer"], index.folder)
     sae, identity = open_sae(sae_folder, lm)
     if index is not None and options.sae is None and index.manifest.inputs["sae"] != identity:
         raise IntegrityError(

@@ -6,6 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from unbraid.activations.text import require_tokenizer
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.identity import sha256_file
 from unbraid.manifest.record import MANIFEST, check_files
@@ -19,17 +20,20 @@ def open_sae(folder: Path, lm: LanguageModel) -> tuple[SAE, str]:
     one.
 
     Raises IntegrityError when its files do not match its manifest and UserError when it was trained on
-    another model.
+    another model or with another tokenizer.
     """
     source = detect(folder)
     sae = source.load()
     place = source.weights.parent
-    identity = check_files(place).id if (place / MANIFEST).is_file() else sha256_file(source.weights)
+    manifest = check_files(place) if (place / MANIFEST).is_file() else None
+    identity = manifest.id if manifest else sha256_file(source.weights)
     if sae.config.model_id and sae.config.model_id != lm.id:
         raise UserError(
             f"the SAE in {folder} was trained on weights {sae.config.model_id[:12]}… but model {lm.name} has "
             f"{lm.id[:12]}…; name the model that it was trained on"
         )
+    if manifest and (tokenizer := manifest.facts.get("tokenizer_id")):
+        require_tokenizer(lm, tokenizer, place)
     return sae, identity
 
 

@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 import unbraid
 from unbraid.activations.documents import Document
 from unbraid.activations.store import ActivationStore
+from unbraid.activations.text import require_tokenizer
 from unbraid.evaluation.evaluate import evaluate_all
 from unbraid.manifest.files import building, write_json, write_text
 from unbraid.manifest.record import MANIFEST, read_manifest, write_manifest
@@ -75,6 +76,7 @@ def run_sweep(
 
     Raises UserError for a grid that cannot be trained, and as `train` and `evaluate` do.
     """
+    require_tokenizer(lm, store.tokenizer_id, store.folder)
     every = trials(grid, options, store)
     with building(out) as folder:
         remember_settings(
