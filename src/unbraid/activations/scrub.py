@@ -8,6 +8,7 @@ model is downloaded and nothing is looked up on the network. `benchmarks/scrub.p
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import logging
 import re
@@ -76,7 +77,9 @@ ADDRESSES = tuple(
     )
 )
 # Newer tokens than detect-secrets knows: short words for the issuer, then many letters and digits.
-TOKEN = re.compile(r"\b(?:AIza[\w-]{35}|(?:[A-Za-z]\w{1,11}[_-]){1,3}(?=[A-Za-z_]*\d)[A-Za-z0-9_]{20,})")
+TOKEN = re.compile(
+    r"\b(?:AIza[\w-]{35}|hf_[A-Za-z0-9]{30,}|(?:[A-Za-z]\w{1,11}[_-]){1,3}(?=[A-Za-z_]*\d)[A-Za-z0-9_]{20,})"
+)
 KEY_BLOCK = re.compile(
     r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----.*?(?:-----END [A-Z0-9 ]+-----|\Z)", re.S
 )
@@ -180,23 +183,26 @@ def _mark(kind: str) -> str:
     return f"<{kind}>"
 
 
-def _finders() -> list[Callable[[str], Iterator[Found]]]:
-    import phonenumbers
-    from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
-    from detect_secrets.plugins.base import RegexBasedDetector
-    from presidio_analyzer import PatternRecognizer
-    from presidio_analyzer.predefined_recognizers import CreditCardRecognizer, EmailRecognizer
+def _module(name: str) -> Any:
+    # Not by an import statement: the type check must pass where the extra is not installed.
+    return importlib.import_module(name)
 
+
+def _finders() -> list[Callable[[str], Iterator[Found]]]:
+    phonenumbers, presidio = _module("phonenumbers"), _module("presidio_analyzer")
+    recognizers = _module("presidio_analyzer.predefined_recognizers")
+    by_type = _module("detect_secrets.core.plugins.util").get_mapping_from_secret_type_to_class()
+    by_pattern = _module("detect_secrets.plugins.base").RegexBasedDetector
     logging.getLogger("presidio-analyzer").setLevel(logging.ERROR)
     # Presidio's own recogniser of addresses asks the network for the list of top-level domains, and passes
     # over those that are not public.
-    email = PatternRecognizer(supported_entity="EMAIL", patterns=EmailRecognizer.PATTERNS)
-    card = CreditCardRecognizer(supported_entity="CARD")
-    plugins: Any = get_mapping_from_secret_type_to_class().values()
-    secrets = [
+    addresses = recognizers.EmailRecognizer.PATTERNS
+    email = presidio.PatternRecognizer(supported_entity="EMAIL", patterns=addresses)
+    card = recognizers.CreditCardRecognizer(supported_entity="CARD")
+    secrets: list[re.Pattern[str]] = [
         pattern
-        for plugin in plugins
-        if issubclass(plugin, RegexBasedDetector) and plugin.secret_type != "Public IP (ipv4)"
+        for name, plugin in by_type.items()
+        if issubclass(plugin, by_pattern) and name != "Public IP (ipv4)"
         for pattern in plugin().denylist
     ]
 
@@ -222,7 +228,7 @@ def _finders() -> list[Callable[[str], Iterator[Found]]]:
         for pattern in (KEY_BLOCK, TOKEN, *secrets):
             for match in pattern.finditer(text):
                 group = next((n for n in range(1, pattern.groups + 1) if match.group(n)), 0)
-                yield *match.span(group), "KEY"
+                yield match.start(group), match.end(group), "KEY"
 
     return [
         recognised(email, "EMAIL", re.compile("@")),
@@ -246,8 +252,7 @@ def _patterns(kind: str, patterns: tuple[re.Pattern[str], ...]) -> Callable[[str
 
 def _people(model: str) -> tuple[Callable[[str], Iterator[Found]], str]:
     """What finds a spaCy pipeline's persons, and the pipeline's version."""
-    import spacy
-
+    spacy = _module("spacy")
     if not (spacy.util.is_package(model) or Path(model).is_dir()):
         raise UserError(
             f"there is no spaCy pipeline {model}; install it with: python -m spacy download {model}, or leave"
