@@ -33,8 +33,8 @@ class Options:
     """The model that was captured, to measure on: folder or Hub name; "practice" is the practice assistant.
     """
     text: Path
-    """Held-out corpus to measure on: .jsonl with text or messages, or .txt with documents between blank
-    lines."""
+    """Held-out corpus to measure on: .jsonl or .parquet with text or messages, .txt with documents between
+    blank lines, or a Hugging Face dataset as hf:owner/name[:split]; #field names another field."""
     out: Path
     """Folder to make; a sweep that was killed goes on where it stopped."""
     tokens: int = 20_000
