@@ -6,6 +6,7 @@ import dataclasses
 import json
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,20 @@ def test_each_kind_becomes_its_placeholder_without_the_network(
 )
 def test_ordinary_text_stays_as_it_is(scrubber: Scrubber, text: str) -> None:
     assert scrubber.scrub(text).text == text
+
+
+def test_several_addresses_beside_each_other_are_found(scrubber: Scrubber) -> None:
+    text = "a@b.example, c.d@e.example;f+g@h-i.example and @nobody x@y"
+    assert scrubber.scrub(text).text == "<EMAIL>, <EMAIL>;<EMAIL> and @nobody x@y"
+
+
+@pytest.mark.parametrize(
+    "piece", ["a.", "A-", "a_", "a@", "Anna ", "12 Main ", "-----BEGIN PRIVATE KEY-----", "1"]
+)
+def test_hostile_text_takes_no_longer_than_its_length_says(scrubber: Scrubber, piece: str) -> None:
+    begun = time.process_time()
+    scrubber.scrub(piece * (20_000 // len(piece)) + "@")
+    assert time.process_time() - begun < 5  # with the square of the length: minutes
 
 
 def test_a_private_key_goes_as_a_whole(scrubber: Scrubber) -> None:
@@ -175,7 +190,7 @@ def test_a_pipelines_persons_are_names_too(installed: None, tmp_path: Path) -> N
 
 
 def test_a_missing_library_says_how_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "presidio_analyzer", None)
+    monkeypatch.setitem(sys.modules, "phonenumbers", None)
     with pytest.raises(UserError, match=r"pip install 'unbraid\[scrub\]'"):
         Scrubber()
     with pytest.raises(UserError, match="add --scrub"):

@@ -36,6 +36,8 @@ CALLED = re.compile(
     r"\b(?:phone|call|tel|telephone|mobile|cell|fax|dial|ring|text|whatsapp|number)\b\W", re.I
 )
 CALLED_WITHIN = 30
+LOCAL_PART, DOMAIN = 64, 256
+"""Characters of an e-mail address before and after its @, at most (RFC 5321)."""
 
 _WORD = r"(?:[A-Z]\.|[^\W\d_a-zß-öø-ÿ][^\W\d_]*(?:['’-][^\W\d_]+)*)"  # begins with no small letter
 _PARTS = r"(?:(?:van|von|de|da|del|di|bin|al|la|le|der|den|el) ){0,2}"
@@ -71,14 +73,14 @@ ADDRESSES = tuple(
         rf"\b(?:(?:Flat|Studio|Unit|Apt) \w+,? )?\d{{1,5}}[A-Za-z]?(?:[/-]\d{{1,4}})?"
         rf" {_WORD}(?: {_WORD}){{0,3}}{_UNIT}(?:,|\n|, \n)\s?{_WORD}(?: {_WORD}){{0,2}}"
         rf"(?:,|\n|, \n)\s?{_CODE}",
-        r"\b[A-ZÄÖÜ][\w-]*(?:straße|strasse|str\.|weg|allee|gasse|platz|ring) \d{1,4}[a-z]?"
+        r"\b[A-ZÄÖÜ][\w-]{0,40}(?:straße|strasse|str\.|weg|allee|gasse|platz|ring) \d{1,4}[a-z]?"
         r"(?:,? \d{5} [A-ZÄÖÜ]\w+)?",
         r"\b(?i:p\.? ?o\.? box) \d{1,6}",
     )
 )
 # Newer tokens than detect-secrets knows: short words for the issuer, then many letters and digits.
 TOKEN = re.compile(
-    r"\b(?:AIza[\w-]{35}|hf_[A-Za-z0-9]{30,}|(?:[A-Za-z]\w{1,11}[_-]){1,3}(?=[A-Za-z_]*\d)[A-Za-z0-9_]{20,})"
+    r"\b(?:AIza[\w-]{35}|hf_[A-Za-z0-9]{30,}|(?:[A-Za-z]\w{1,11}[_-]){1,3}(?=[A-Za-z_]{0,40}\d)[A-Za-z0-9_]{20,})"
 )
 KEY_BLOCK = re.compile(
     r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----.*?(?:-----END [A-Z0-9 ]+-----|\Z)", re.S
@@ -189,15 +191,14 @@ def _module(name: str) -> Any:
 
 
 def _finders() -> list[Callable[[str], Iterator[Found]]]:
-    phonenumbers, presidio = _module("phonenumbers"), _module("presidio_analyzer")
+    phonenumbers = _module("phonenumbers")
     recognizers = _module("presidio_analyzer.predefined_recognizers")
     by_type = _module("detect_secrets.core.plugins.util").get_mapping_from_secret_type_to_class()
     by_pattern = _module("detect_secrets.plugins.base").RegexBasedDetector
     logging.getLogger("presidio-analyzer").setLevel(logging.ERROR)
-    # Presidio's own recogniser of addresses asks the network for the list of top-level domains, and passes
-    # over those that are not public.
-    addresses = recognizers.EmailRecognizer.PATTERNS
-    email = presidio.PatternRecognizer(supported_entity="EMAIL", patterns=addresses)
+    # Presidio's own recogniser asks the network for the list of top-level domains, and passes over those that
+    # are not public; its pattern takes time with the square of a text, so it sees one address at a time.
+    email = re.compile(recognizers.EmailRecognizer.PATTERNS[0].regex)
     card = recognizers.CreditCardRecognizer(supported_entity="CARD")
     secrets: list[re.Pattern[str]] = [
         pattern
@@ -206,12 +207,18 @@ def _finders() -> list[Callable[[str], Iterator[Found]]]:
         for pattern in plugin().denylist
     ]
 
-    def recognised(recogniser: Any, kind: str, needs: re.Pattern[str]) -> Callable[[str], Iterator[Found]]:
-        def find(text: str) -> Iterator[Found]:
-            if needs.search(text):
-                yield from ((r.start, r.end, kind) for r in recogniser.analyze(text, [kind], None))
+    def emails(text: str) -> Iterator[Found]:
+        at, done = text.find("@"), 0
+        while at >= 0:
+            before = max(at - LOCAL_PART, done)
+            for match in email.finditer(text[before : at + DOMAIN]):
+                done = before + match.end()
+                yield before + match.start(), done, "EMAIL"
+            at = text.find("@", max(at + 1, done))
 
-        return find
+    def cards(text: str) -> Iterator[Found]:
+        if SEVEN_DIGITS.search(text):
+            yield from ((r.start, r.end, "CARD") for r in card.analyze(text, ["CARD"], None))
 
     def phones(text: str) -> Iterator[Found]:
         if not SEVEN_DIGITS.search(text):
@@ -231,8 +238,8 @@ def _finders() -> list[Callable[[str], Iterator[Found]]]:
                 yield match.start(group), match.end(group), "KEY"
 
     return [
-        recognised(email, "EMAIL", re.compile("@")),
-        recognised(card, "CARD", SEVEN_DIGITS),
+        emails,
+        cards,
         phones,
         keys,
         _patterns("NAME", NAMES),
