@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -188,3 +189,12 @@ def test_the_page_escapes_what_it_is_given(store: ActivationStore) -> None:
     summary = summarise(every, {every[0].name: _evaluation(SITES[0], 1.0, 0.5, -0.1)})
     page = render(summary | {"model": "<script>alert(1)</script>"}, "<img src=x>")
     assert "<script" not in page and "<img" not in page and "http" not in page.replace("http-equiv", "")
+
+
+def test_a_store_of_another_tokenizer_is_refused_before_anything_is_trained(
+    store: ActivationStore, lm: LanguageModel, tmp_path: Path
+) -> None:
+    other = dataclasses.replace(lm, tokenizer_id="0" * 64)
+    with pytest.raises(UserError, match="was made with tokenizer"):
+        _run(store, other, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
