@@ -14,7 +14,8 @@ in forms that their issuers document, and the rule for newer tokens was added af
 that detect-secrets misses them. Nothing else was changed after a run.
 
 A planted piece counts as found when all its characters are taken out, whatever the kind; a find counts as
-right when it touches a planted piece of its kind. Intervals are from drawing documents again.
+right when it touches a planted piece of its kind. Intervals are from drawing documents again, or Wilson's
+where all outcomes are alike.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from pathlib import Path
 
 from unbraid.activations.scrub import KINDS, Scrubber
 from unbraid.practice.corpus import conversations
-from unbraid.stats.bootstrap import Interval, bootstrap_ratio
+from unbraid.stats.bootstrap import bootstrap_ratio, rate
 
 SEEN = ("en_US", "en_GB", "en_CA", "en_AU", "en_IN", "de_DE")
 UNSEEN = ("en_NZ", "en_IE", "fr_FR", "es_ES", "it_IT", "nl_NL", "pt_BR", "sv_SE")
@@ -175,10 +176,12 @@ def measure(corpus: str, documents: list[Planted], scrubber: Scrubber, seed: int
     for measured, outcomes in (("recall", planted), ("precision", finds)):
         for name in sorted(outcomes, key=lambda name: (KINDS.index(name.split()[0]), name)):
             numbers, hits = zip(*outcomes[name], strict=True)
-            interval: Interval = bootstrap_ratio(hits, [1] * len(hits), numbers, seed)
+            # Drawn again, outcomes that are all alike stay so: Wilson's interval says what else they allow.
+            alike = len(set(hits)) == 1
+            interval = rate(hits) if alike else bootstrap_ratio(hits, [1] * len(hits), numbers, seed)
             rows.append({
                 "name": f"{corpus}: {measured} {name}", "value": interval.value, "unit": "share",
-                "low": interval.low, "high": interval.high, "pieces": len(hits), "documents": interval.n,
+                "low": interval.low, "high": interval.high, "pieces": len(hits), "documents": len(set(numbers)),
             })  # fmt: skip
     return rows
 
