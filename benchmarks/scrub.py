@@ -8,10 +8,10 @@ addresses and telephone numbers. *seen* and *unseen*: sentences of ours around v
 each beside things that only look like personal data. A handful of Faker's values in the countries of *seen*
 were looked at before the patterns for addresses were written; the countries of *unseen* were not.
 
-Not held out: the sentences around names are by the same hand as the patterns that look for introductions, so
-"introduced" and "titled" say that these work and no more; what names cost is "in passing". Keys are made here
-in forms that their issuers document, and the rule for newer tokens was added after a first run had shown
-that detect-secrets misses them. Nothing else was changed after a run.
+Not held out: the practice world's sentences were known, and ours around names are by the same hand as the
+patterns that look for introductions, so "introduced" and "titled" say that these work and no more; what names
+cost is "in passing". Keys are made here in forms that their issuers document, and the rule for newer tokens
+was added after runs had shown that detect-secrets misses them. Nothing else was changed for its results.
 
 A planted piece counts as found when all its characters are taken out, whatever the kind; a find counts as
 right when it touches a planted piece of its kind. Intervals are from drawing documents again, or Wilson's
@@ -181,7 +181,8 @@ def measure(corpus: str, documents: list[Planted], scrubber: Scrubber, seed: int
             interval = rate(hits) if alike else bootstrap_ratio(hits, [1] * len(hits), numbers, seed)
             rows.append({
                 "name": f"{corpus}: {measured} {name}", "value": interval.value, "unit": "share",
-                "low": interval.low, "high": interval.high, "pieces": len(hits), "documents": len(set(numbers)),
+                "low": interval.low, "high": interval.high, "pieces": len(hits),
+                "documents": len(set(numbers)),
             })  # fmt: skip
     return rows
 
