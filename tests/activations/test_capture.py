@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from unbraid.activations import capture as room
 from unbraid.activations.capture import CaptureConfig, capture
@@ -17,7 +18,7 @@ from unbraid.activations.plan import Plan, batched
 from unbraid.activations.store import ActivationStore
 from unbraid.activations.text import Document, tokenise, windows
 from unbraid.manifest.errors import IntegrityError, UserError
-from unbraid.model.load import LanguageModel, load_model
+from unbraid.model.load import LanguageModel, load_model, wrap_model
 from unbraid.model.read import read_sites
 from unbraid.model.sites import Site
 
@@ -494,3 +495,35 @@ def test_leftovers_of_a_kill_between_two_writes_are_no_obstacle(
     capture(lm, texts(60), SMALL, tmp_path / "out")
     capture(lm, texts(60), SMALL, tmp_path / "whole")
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+
+
+def test_sites_that_are_wider_than_the_stream_keep_their_width(
+    lm: LanguageModel, texts: Make, tmp_path: Path
+) -> None:
+    config = Qwen3Config(
+        vocab_size=len(lm.tokenizer),
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=20,
+    )
+    wide = wrap_model(Qwen3ForCausalLM(config), lm.tokenizer, name="wide")
+    z, after = Site(0, "attn_z"), Site(None, "final_norm")
+    sites = (z, Site(0, "mlp_in"), after)
+    documents = list(texts(8))
+    store = capture(wide, documents, dataclasses.replace(SMALL, sites=sites), tmp_path / "out")
+    assert [store.d_in(site) for site in sites] == [80, 48, 48]
+    assert store.manifest.facts["d_in"] == 48 and store.manifest.facts["widths"] == {"layers.0.attn_z": 80}
+    window = next(iter(windows(wide, documents[0], 64)))
+    ids = torch.tensor([window.input_ids])
+    alone = read_sites(wide, ids, torch.ones_like(ids), list(sites))
+    first = int(window.captured("all").nonzero()[0][0])
+    for site in sites:
+        assert ActivationStore(tmp_path / "out").site(str(site)) == site
+        values, table = everything(store, site)
+        row = int(((table[:, 0] == 0) & (table[:, 1] == window.positions[first])).nonzero()[0])
+        torch.testing.assert_close(values[row], alone[site][0, first], rtol=1e-4, atol=1e-4)
+    ordinary = capture(wide, documents, SMALL, tmp_path / "ordinary")
+    assert "widths" not in ordinary.manifest.facts

@@ -13,7 +13,7 @@ from unbraid.model.apply import applied
 from unbraid.model.edits import Edit, Gate, apply_reference
 from unbraid.model.load import LanguageModel
 from unbraid.model.read import logits_and_sites, read_sites
-from unbraid.model.sites import KINDS, Site
+from unbraid.model.sites import STREAM_KINDS, Site
 
 Make = Callable[..., Edit]
 IDS = torch.tensor([[5, 9, 30, 41, 77, 60], [8, 20, 200, 6, 19, 33], [70, 71, 72, 73, 90, 12]])
@@ -27,7 +27,7 @@ def gate(lm: LanguageModel, site: str, *, threshold: float) -> Gate:
 
 
 def all_sites(lm: LanguageModel) -> list[Site]:
-    return [Site(layer, kind) for layer in range(lm.n_layers) for kind in KINDS]
+    return [Site(layer, kind) for layer in range(lm.n_layers) for kind in STREAM_KINDS]
 
 
 def hf_generate(lm: LanguageModel, ids: Tensor, mask: Tensor, new: int = NEW) -> Tensor:
@@ -35,7 +35,7 @@ def hf_generate(lm: LanguageModel, ids: Tensor, mask: Tensor, new: int = NEW) ->
     return lm.model.generate(ids, attention_mask=mask, **settings)[:, ids.shape[1] :]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STREAM_KINDS)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_an_edit_does_at_its_site_what_the_reference_says(
     lm: LanguageModel, make_edit: Make, kind: str, operation: str
@@ -62,7 +62,7 @@ def test_an_edit_does_at_its_site_what_the_reference_says(
     assert all(torch.equal(edited[s], bare[s]) for s in before)
     assert after and not any(torch.allclose(edited[s], bare[s], atol=1e-5) for s in after)
     for layer in range(lm.n_layers):
-        at = {kind: edited[Site(layer, kind)] for kind in KINDS}
+        at = {kind: edited[Site(layer, kind)] for kind in STREAM_KINDS}
         torch.testing.assert_close(at["resid_pre"] + at["attn_out"], at["resid_mid"], rtol=1e-4, atol=1e-4)
         if edit.site != Site(layer, "resid_post"):
             torch.testing.assert_close(
@@ -70,7 +70,7 @@ def test_an_edit_does_at_its_site_what_the_reference_says(
             )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STREAM_KINDS)
 def test_closed_gates_and_no_edits_are_bitwise_nothing(lm: LanguageModel, make_edit: Make, kind: str) -> None:
     bare, inside = logits_and_sites(lm, IDS, ONES, all_sites(lm))
     words = hf_generate(lm, IDS, ONES)
@@ -88,7 +88,7 @@ def test_closed_gates_and_no_edits_are_bitwise_nothing(lm: LanguageModel, make_e
 
 
 @pytest.mark.parametrize("positions", ["all", "prompt", "reply"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STREAM_KINDS)
 def test_generation_with_a_cache_equals_full_passes_without_one(
     lm: LanguageModel, make_edit: Make, kind: str, positions: str
 ) -> None:

@@ -9,14 +9,14 @@ from unbraid.manifest.errors import UserError
 from unbraid.model.load import LanguageModel
 from unbraid.model.read import logits_and_sites, read_sites
 from unbraid.model.replace import replaced
-from unbraid.model.sites import KINDS, Site
+from unbraid.model.sites import STREAM_KINDS, Site
 
 IDS = torch.tensor([[5, 9, 30, 7, 12], [8, 3, 40, 2, 6]])
 MASK = torch.ones_like(IDS)
 CHOSEN = torch.tensor([[0, 1, 1, 0, 1], [0, 0, 1, 1, 0]]).bool()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STREAM_KINDS)
 def test_the_site_reads_what_was_put_there(lm: LanguageModel, kind: str) -> None:
     site = Site.parse(f"layers.1.{kind}")
     before = read_sites(lm, IDS, MASK, [site])[site]

@@ -135,8 +135,8 @@ def capture(
             config.per_document,
             seed,
         )
-        names = [str(site) for site in config.sites]
-        writer = ShardWriter(folder, _settings(lm, config, seed, scrubber), names=names, width=lm.d_in)
+        widths = {str(site): lm.layout.width(site) for site in config.sites}
+        writer = ShardWriter(folder, _settings(lm, config, seed, scrubber), widths=widths)
         if not writer.records:
             (folder / SKIPPED).unlink(missing_ok=True)  # of a run that was killed before its first shard
         limit = (
@@ -151,6 +151,15 @@ def capture(
             if isinstance(error, UserError) and not writer.records:
                 (folder / SKIPPED).unlink(missing_ok=True)
             raise
+        others = {
+            # Of sites that are not as wide as the residual stream.
+            "widths": {name: width for name, width in widths.items() if width != lm.d_in} or None,
+            "per_document": config.per_document,
+            "per_stratum": config.per_stratum,
+            "strata": None if strata is None else _counts(strata, scrubber),
+            "scrub": None if scrubber is None else scrubber.facts(),
+            "skip_norm_above": None if limit is None else limit.facts(),
+        }
         write_manifest(
             folder,
             kind=KIND,
@@ -159,7 +168,7 @@ def capture(
             inputs={"model": lm.id, "tokenizer": lm.tokenizer_id, "corpus": plan.corpus},
             facts={
                 "model": lm.name,
-                "sites": names,
+                "sites": list(widths),
                 "d_in": lm.d_in,
                 "tokens": writer.rows,
                 "documents": plan.read,
@@ -168,14 +177,7 @@ def capture(
                 "dtype": config.dtype,
                 "shard_tokens": config.shard_tokens,
                 "read": plan.digest,
-                **({} if config.per_document is None else {"per_document": config.per_document}),
-                **(
-                    {}
-                    if strata is None
-                    else {"per_stratum": strata.full, "strata": _counts(strata, scrubber)}
-                ),
-                **({} if scrubber is None else {"scrub": scrubber.facts()}),
-                **({} if limit is None else {"skip_norm_above": limit.facts()}),
+                **{name: value for name, value in others.items() if value is not None},
             },
         )
     return ActivationStore(out)

@@ -78,14 +78,16 @@ class ShardWriter:
     there on, and calls `confirm` as it passes each finished shard's end.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], *, names: list[str], width: int) -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any], *, widths: dict[str, int]) -> None:
         self.folder = folder
         self.capacity = int(settings["shard_tokens"])
         self.rows = 0
         """Rows that the caller has passed or skipped so far."""
         self._open(settings)
         dtype = getattr(torch, settings["dtype"])
-        self._buffers = {name: torch.empty((self.capacity, width), dtype=dtype) for name in names}
+        self._buffers = {
+            site: torch.empty((self.capacity, width), dtype=dtype) for site, width in widths.items()
+        }
         self._columns = {name: torch.empty(self.capacity, dtype=torch.int32) for name in COLUMNS}
         self._filled = 0
         self._digest = ""

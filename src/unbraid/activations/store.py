@@ -113,8 +113,8 @@ class ActivationStore:
 
     def d_in(self, site: Site | str) -> int:
         """Width of a site's activations."""
-        self.site(site)
-        return self.manifest.facts["d_in"]
+        facts = self.manifest.facts
+        return facts.get("widths", {}).get(str(self.site(site)), facts["d_in"])
 
     def rows(self, shard: int) -> int:
         """Number of rows in a shard."""

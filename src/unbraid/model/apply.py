@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from unbraid.manifest.errors import UserError
 from unbraid.model.edits import Edit, EditCount, Gate
-from unbraid.model.families import Arguments
 from unbraid.model.hooks import Step, install
 from unbraid.model.kernel import EditKernel
+from unbraid.model.layout import Arguments
 from unbraid.model.load import LanguageModel
+from unbraid.model.sites import Site
 
 
 @contextmanager
@@ -222,22 +223,23 @@ class _Batch:
 
 
 def _check(lm: LanguageModel, edit: Edit) -> None:
-    lm.layout.require(edit.site)
-    if edit.d_in != lm.d_in:
-        raise UserError(f"edit {edit.name!r} is for {edit.d_in} dimensions, model {lm.name} has {lm.d_in}")
+    lm.layout.require(edit.site, edit=True)
+    _check_width(lm, f"edit {edit.name!r}", edit.d_in, edit.site)
     gate = edit.gate
     if gate is None:
         return
     lm.layout.require(gate.site)
-    if gate.weight.shape != (lm.d_in,):
-        raise UserError(
-            f"gate {gate.name!r} is for {gate.weight.size} dimensions, model {lm.name} has {lm.d_in}"
-        )
+    _check_width(lm, f"gate {gate.name!r}", gate.weight.size, gate.site)
     if gate.site.depth > edit.site.depth and edit.positions != "reply":
         raise UserError(
             f"gate {gate.name!r} at {gate.site} is read after {edit.site}; "
             f"let edit {edit.name!r} touch the reply alone, or read the gate earlier"
         )
+
+
+def _check_width(lm: LanguageModel, what: str, given: int, site: Site) -> None:
+    if given != (width := lm.layout.width(site)):
+        raise UserError(f"{what} is for {given} dimensions, model {lm.name} has {width} at {site}")
 
 
 def _starter(run: Applied, parameters: tuple[str, ...], reply_mask: Tensor | None) -> Any:

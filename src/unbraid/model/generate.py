@@ -140,7 +140,7 @@ def _decode(
             "attention_mask": mask[:, :end],
             "past_key_values": cache,
         }
-        if "position_ids" in lm.layout.parameters:
+        if lm.layout.positions:
             arguments["position_ids"] = places[:, begin:end]
         logits = lm.model(**arguments, **last_only, use_cache=True).logits[:, -1]
         drawn = sampler.draw(logits, rows)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from unbraid.model.families import (
+from unbraid.model.layout import (
     Arguments,
     Layout,
     first_tensor,
@@ -26,61 +26,71 @@ The two are the same tensor except at resid_mid, where attn_out carries x = resi
 
 def install(layout: Layout, site: Site, step: Step) -> list[Any]:
     """Put a step that may change the activation at its site; returns the handles of its hooks."""
-    layer = layout.layers[site.layer]
-
-    def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Any:
-        x = layer_input(args, kwargs)
-        changed = step(x, x)
-        return None if changed is None else with_layer_input(args, kwargs, changed)
-
-    def on_output(_: nn.Module, __: Any, output: Any) -> Any:
-        x = first_tensor(output)
-        changed = step(x, x)
-        return None if changed is None else with_first_tensor(output, changed)
-
-    match site.kind:
-        case "resid_pre":
-            return [layer.register_forward_pre_hook(on_input, with_kwargs=True)]
-        case "resid_post":
-            return [layer.register_forward_hook(on_output)]
-        case "mlp_out":
-            return [layout.mlp(site.layer).register_forward_hook(on_output)]
-        case "attn_out":
-            return [layout.attn(site.layer).register_forward_hook(on_output)]
-        case "resid_mid":
-            pass
+    layout.require(site, edit=True)
+    if site.kind != "resid_mid":
+        return _at(layout, site, lambda x: step(x, x))
 
     # resid_mid has two readers, the next norm and the residual connection: both get it through attn_out.
+    assert site.layer is not None
     entering: list[Tensor] = []
 
     def on_enter(_: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
         entering[:] = [layer_input(args, kwargs)]
 
-    def on_attn(_: nn.Module, __: Any, output: Any) -> Any:
-        carrier = first_tensor(output)
-        changed = step(entering.pop() + carrier, carrier)
-        return None if changed is None else with_first_tensor(output, changed)
-
+    layer = layout.of(site).layers[site.layer]
     return [
         layer.register_forward_pre_hook(on_enter, with_kwargs=True),
-        layout.attn(site.layer).register_forward_hook(on_attn),
+        *_at(
+            layout,
+            Site(site.layer, "attn_out", site.stack),
+            lambda carrier: step(entering.pop() + carrier, carrier),
+        ),
     ]
 
 
-def watch(layout: Layout, site: Site, see: Callable[[Tensor], None]) -> Any:
-    """Call `see` with the activation (B, T, d) at a site in every forward pass; returns the hook's handle."""
+def watch(layout: Layout, site: Site, see: Callable[[Tensor], None]) -> list[Any]:
+    """Call `see` with the activation (B, T, d) at a site in every forward pass; returns its hooks."""
+    place = layout.place(site)
 
-    def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
-        see(layer_input(args, kwargs))
+    def look(x: Tensor) -> None:
+        see(x.clone() if place.overwritten else x)
 
-    def on_output(_: nn.Module, __: Any, output: Any) -> None:
-        see(first_tensor(output))
+    # Where no norm stands before the MLP, its input shows two sites: an edit of mlp_in must not be seen here.
+    return _at(layout, site, look, first=site.kind == "resid_mid")
 
-    if site.kind == "resid_pre":
-        return layout.layers[site.layer].register_forward_pre_hook(on_input, with_kwargs=True)
-    if site.kind == "resid_mid":
-        return layout.mid(site.layer).register_forward_pre_hook(on_input, with_kwargs=True)
-    module = {"attn_out": layout.attn, "mlp_out": layout.mlp, "resid_post": layout.layers.__getitem__}[
-        site.kind
-    ]
-    return module(site.layer).register_forward_hook(on_output)
+
+def _at(
+    layout: Layout, site: Site, function: Callable[[Tensor], Tensor | None], *, first: bool = False
+) -> list[Any]:
+    """Hooks that call a function with the activation (B, T, d); what it returns takes its place."""
+    place = layout.place(site)
+    handles: list[Any] = []
+    rows: list[int] = []  # B, in families that run the rows' tokens together
+
+    def changed(x: Tensor) -> Tensor | None:
+        if not place.flat:
+            return function(x)
+        new = function(x.unflatten(0, (rows[0], -1)))
+        return None if new is None else new.flatten(0, 1)
+
+    def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Any:
+        new = changed(layer_input(args, kwargs))
+        return None if new is None else with_layer_input(args, kwargs, new)
+
+    def on_output(_: nn.Module, __: Any, output: Any) -> Any:
+        new = changed(first_tensor(output))
+        return None if new is None else with_first_tensor(output, new)
+
+    if place.flat:
+        assert site.layer is not None
+
+        def on_enter(_: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
+            rows[:] = [len(layer_input(args, kwargs))]
+
+        layer = layout.of(site).layers[site.layer]
+        handles.append(layer.register_forward_pre_hook(on_enter, with_kwargs=True))
+    if place.side == "input":
+        handles.append(place.module.register_forward_pre_hook(on_input, with_kwargs=True, prepend=first))
+    else:
+        handles.append(place.module.register_forward_hook(on_output))
+    return handles

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.manifest.errors import IntegrityError, UserError
-from unbraid.model.families import Layout, discover
+from unbraid.model.families import discover
+from unbraid.model.layout import Layout
 
 Message = Mapping[str, str]
 
@@ -146,7 +147,7 @@ class LanguageModel:
         """
         mask = attention_mask.to(self.device, torch.long)
         arguments = {"input_ids": input_ids.to(self.device), "attention_mask": mask}
-        if "position_ids" in self.layout.parameters:
+        if self.layout.positions:
             arguments["position_ids"] = positions(mask)
         return arguments
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbraid.model.families import Layout
 from unbraid.model.hooks import watch
+from unbraid.model.layout import Layout
 from unbraid.model.load import LanguageModel
 from unbraid.model.sites import Site
 
@@ -60,14 +60,15 @@ def collected(layout: Layout, sites: Sequence[Site], *, stop: bool = False) -> G
     last = max(sites, key=lambda s: s.depth, default=None) if stop else None
     hooks: list[Any] = []
     try:
-        for site in dict.fromkeys(sites):
+        # By depth, for two sites may share a module, and the deepest ends the pass.
+        for site in sorted(set(sites), key=lambda s: s.depth):
 
             def keep(x: Tensor, site: Site = site) -> None:
                 found[site] = x
                 if site == last:
                     raise _LastSiteReached
 
-            hooks.append(watch(layout, site, keep))
+            hooks.extend(watch(layout, site, keep))
         yield found
     finally:
         for hook in hooks:

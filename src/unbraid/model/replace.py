@@ -29,7 +29,7 @@ def replaced(
     replaced resid_mid is carried by attn_out, as an edit is. With `gradient` the passes can be differentiated
     in what the function depends on. Raises UserError when the site does not exist.
     """
-    lm.layout.require(site)
+    lm.layout.require(site, edit=True)
 
     def step(x: Tensor, carrier: Tensor) -> Tensor:
         where = mask.to(x.device)
