@@ -267,6 +267,23 @@ def check_padding(lm: LanguageModel) -> str:
     return "yes"
 
 
+def check_packing(lm: LanguageModel) -> str:
+    """Documents packed into one row give the activations that they give alone, or packing is refused."""
+    first, second = IDS[0, :4], IDS[1, :3]
+    rows = torch.stack([torch.cat([first, second, torch.zeros(1, dtype=torch.long)]), torch.arange(3, 11)])
+    numbers = torch.tensor([[1] * 4 + [2] * 3 + [0], [1] * 2 + [2] * 4 + [3] * 2])
+    if not lm.packs:
+        with pytest.raises(UserError, match="cannot read packed rows"):
+            read_sites(lm, rows, numbers, lm.layout.sites, packed=True)
+        return "refused"
+    found = read_sites(lm, rows, numbers, lm.layout.sites, packed=True)
+    for row, number, document in ((0, 1, first), (0, 2, second), (1, 3, torch.tensor([9, 10]))):
+        alone = read_sites(lm, document[None], torch.ones(1, len(document)), lm.layout.sites)
+        for site, x in found.items():
+            assert close(x[row][numbers[row] == number], alone[site][0]), f"{site} differs when packed"
+    return "yes"
+
+
 def generate(lm: LanguageModel, ids: Tensor, mask: Tensor) -> Tensor:
     settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
     return lm.model.generate(ids, attention_mask=mask, **settings)[:, ids.shape[1] :]
@@ -278,6 +295,7 @@ CHECKS: dict[str, Callable[[LanguageModel], str]] = {
     "reach": check_reach,
     "decoding": check_decoding,
     "padding": check_padding,
+    "packing": check_packing,
 }
 
 

@@ -313,8 +313,14 @@ def _check_range(
 
 
 def _fits(lm: LanguageModel, config: CaptureConfig) -> None:
+    if lm.tokenizer is None:
+        raise UserError(f"{lm.name} reads images, and a capture reads text; use read_images from Python")
     for site in config.sites:
         lm.layout.require(site)
+        if site.stack == "decoder":
+            raise UserError(
+                f"{site} is in a decoder that reads tokens of its own; of {lm.name} capture the encoder"
+            )
     if lm.context is not None and config.context > lm.context:
         raise UserError(
             f"context {config.context} is longer than the {lm.context} tokens {lm.name} can read; choose a"

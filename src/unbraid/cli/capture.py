@@ -16,6 +16,7 @@ from unbraid.activations.scrub import Scrubber
 from unbraid.activations.store import ActivationStore
 from unbraid.cli.models import open_model
 from unbraid.cli.progress import shown
+from unbraid.manifest.errors import UserError
 from unbraid.model.sites import Site
 
 
@@ -23,15 +24,17 @@ from unbraid.model.sites import Site
 class Options:
     """What to read, how, and where to put it."""
 
-    model: str
+    model: str = ""
     """Model folder or Hub name; "practice" is the practice assistant."""
-    site: tyro.conf.UseAppendAction[tuple[str, ...]]
+    site: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Place in the model, such as layers.2.resid_post; repeat the option for several."""
-    text: Path
+    text: Path | None = None
     """Corpus: .jsonl or .parquet with text or messages, .txt with documents between blank lines, or a Hugging
     Face dataset as hf:owner/name[:split]; #field after it names another field of text or messages."""
-    out: Path
+    out: Path | None = None
     """Folder to make; a capture that was killed goes on where it stopped."""
+    list_sites: str = ""
+    """Model folder or Hub name whose sites to print instead, with layers and width."""
     config: Annotated[CaptureOptions, tyro.conf.arg(name="")] = field(default_factory=CaptureOptions)
     """How to capture."""
     seed: int = 0
@@ -44,6 +47,18 @@ class Options:
 
 def run(options: Options) -> None:
     """Capture, and print what was made."""
+    if options.list_sites:
+        _list_sites(options)
+        return
+    if not options.model or not options.site or options.text is None or options.out is None:
+        given = (
+            ("model", options.model),
+            ("site", options.site),
+            ("text", options.text),
+            ("out", options.out),
+        )
+        missing = ", ".join(f"--{name}" for name, value in given if not value)
+        raise UserError(f"{missing} must be given, or --list-sites MODEL alone")
     config = CaptureConfig(**asdict(options.config), sites=tuple(Site.parse(name) for name in options.site))
     next(read_documents(options.text))  # a wrong file is told before a large model is loaded
     if config.scrub:
@@ -62,6 +77,41 @@ def run(options: Options) -> None:
     print(
         json.dumps(_record(store), indent=2, ensure_ascii=False) if options.json else _sentence(store, config)
     )
+
+
+def _list_sites(options: Options) -> None:
+    lm = open_model(options.list_sites, device=options.device)
+    found: dict[tuple[str, str, int], list[int]] = {}
+    for site in lm.layout.sites:
+        name = f"{site.stack}.{site.kind}" if site.stack else site.kind
+        layers = found.setdefault((name, site.kind, lm.layout.width(site)), [])
+        if site.layer is not None:
+            layers.append(site.layer)
+    missing = lm.layout.missing
+    if options.json:
+        sites = [
+            {"site": name, "layers": layers, "width": width} for (name, _, width), layers in found.items()
+        ]
+        print(json.dumps({"model": lm.name, "sites": sites, "missing": dict(missing)}, indent=2))
+        return
+    print(f"{'site':<20} {'layers':<12} width")
+    for (name, kind, width), layers in found.items():
+        heads = lm.layout.heads if kind == "attn_z" else None
+        each = f" ({heads} heads of {width // heads})" if heads and width % heads == 0 else ""
+        print(f"{name:<20} {_ranges(layers):<12} {width}{each}")
+    for kind, why in missing.items():
+        print(f"no {kind}: {why}")
+
+
+def _ranges(numbers: list[int]) -> str:
+    """0-3, 5 for [0, 1, 2, 3, 5]."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in runs) or "after all"
 
 
 def _command(options: Options) -> str:
@@ -91,6 +141,7 @@ def _record(store: ActivationStore) -> dict[str, object]:
         "tokens": store.n_tokens,
         "documents": store.n_documents,
         "d_in": store.d_in(store.sites[0]),
+        "widths": {str(site): store.d_in(site) for site in store.sites},
         "dtype": store.dtype,
         "shards": len(store.shards),
         **{name: store.manifest.facts[name] for name in CHOSEN if name in store.manifest.facts},

@@ -223,12 +223,15 @@ class _Batch:
 
 
 def _check(lm: LanguageModel, edit: Edit) -> None:
+    if lm.tokenizer is None:
+        raise UserError(f"edits are for models that read tokens, and {lm.name} reads images")
     lm.layout.require(edit.site, edit=True)
     _check_width(lm, f"edit {edit.name!r}", edit.d_in, edit.site)
     gate = edit.gate
     if gate is None:
         return
-    lm.layout.require(gate.site)
+    if gate.site.stack == "encoder":
+        raise UserError(f"gate {gate.name!r} is read at {gate.site}; gates are for the stack that generates")
     _check_width(lm, f"gate {gate.name!r}", gate.weight.size, gate.site)
     if gate.site.depth > edit.site.depth and edit.positions != "reply":
         raise UserError(

@@ -162,7 +162,7 @@ def _layout(
         record.keep(final_norm)
         record.keep(stack)
         batch = _batch(model)
-        last = _run(model, whole, batch)
+        _run(model, whole, batch)
 
     places: dict[Site, Place] = {}
 
@@ -203,7 +203,7 @@ def _layout(
         unembed=unembed,
         parameters=parameters,
         heads=cast("int | None", getattr(text, "num_attention_heads", None)),
-        positions=whole is stack and "position_ids" in parameters and _counts(whole, batch, last),
+        positions=whole is stack and "position_ids" in parameters and _counts(record, whole, batch),
         stack=name,
         encoder=encoder,
     )
@@ -311,19 +311,21 @@ def _batch(model: Any) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _run(model: nn.Module, whole: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """The last hidden states (B, T, d) of one forward pass."""
+def _run(model: nn.Module, whole: nn.Module, batch: dict[str, Tensor]) -> Any:
+    """The output of one forward pass."""
     try:
-        return whole(**batch).last_hidden_state
+        return whole(**batch)
     except (TypeError, KeyError, IndexError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{type(model).__name__} cannot be run on {' and '.join(batch)}: {reason}") from error
 
 
-def _counts(stack: nn.Module, batch: dict[str, Tensor], last: Tensor) -> bool:
+def _counts(record: _Record, stack: nn.Module, batch: dict[str, Tensor]) -> bool:
     """Whether positions from 0 are what the stack counts by itself; some families begin elsewhere."""
+    last = record.seen[stack, "output"].value
     places = torch.arange(4, device=last.device).expand(2, 4)
-    return torch.allclose(_run(stack, stack, {**batch, "position_ids": places}), last, atol=1e-3, rtol=1e-3)
+    counted = _run(stack, stack, {**batch, "position_ids": places}).last_hidden_state
+    return torch.allclose(counted, last, atol=1e-3, rtol=1e-3)
 
 
 def _kinds(record: _Record, layers: nn.ModuleList, row: BlockNames) -> tuple[SiteKind, ...]:

@@ -51,8 +51,10 @@ def generate(
     Sampling is exact at the temperature (0: greedy) by the Gumbel-max trick: each prompt draws its noise from
     its own seed (its index where no seeds are given), so a reply does not depend on the batch it was in, and
     the same seed under other edits sees the same noise. Raises UserError when a prompt with its reply does
-    not fit into the model's context.
+    not fit into the model's context, or when the model is an encoder or has one.
     """
+    if not lm.generates:
+        raise UserError(f"{lm.name} is no decoder-only language model, so it cannot be asked for replies")
     if max_new_tokens < 1 or batch_size < 1 or not temperature >= 0:
         raise UserError(
             "max_new_tokens and batch_size must be at least 1 and temperature at least 0; "

@@ -1,4 +1,4 @@
-"""Load a Hugging Face causal language model with its tokenizer, and say which exact weights they are."""
+"""Load a Hugging Face transformer with its tokenizer, and say which exact weights they are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,7 +42,7 @@ class LanguageModel:
     model: Any
     """The Hugging Face PreTrainedModel, its parameters frozen."""
     tokenizer: Any
-    """The Hugging Face tokenizer."""
+    """The Hugging Face tokenizer; None for a model that reads images."""
     name: str
     """What people call it: the folder's name or the Hub's."""
     id: str
@@ -72,7 +73,13 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Where the embedding is, and so where token ids have to be."""
-        return cast(torch.device, self.model.get_input_embeddings().weight.device)
+        weight = getattr(self.model.get_input_embeddings(), "weight", None)
+        return cast(torch.device, self.model.device if weight is None else weight.device)
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model says one token after the other: an encoder does not."""
+        return self.layout.encoder is None and bool(self.model.can_generate())
 
     @property
     def context(self) -> int | None:
@@ -85,7 +92,7 @@ class LanguageModel:
         settings = getattr(self.model, "generation_config", None)
         named = getattr(settings, "eos_token_id", None)
         ids: set[int] = {named} if isinstance(named, int) else set(cast("list[int]", named or []))
-        if self.tokenizer.eos_token_id is not None:
+        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             ids.add(int(self.tokenizer.eos_token_id))
         return tuple(sorted(ids))
 
@@ -151,6 +158,55 @@ class LanguageModel:
             arguments["position_ids"] = positions(mask)
         return arguments
 
+    def packed_inputs(self, input_ids: Tensor, documents: Tensor) -> dict[str, Tensor]:
+        """Arguments of a forward pass over packed rows: tokens, and each token's document, both (B, T).
+
+        Documents are numbered from 1 in their row, 0 is padding. A token sees its own document alone, and
+        positions begin anew with each. Raises UserError when the family does not support it.
+        """
+        if not self.packs:
+            raise UserError(f"{self.name} cannot read packed rows: its family takes no mask of its own")
+        numbers = documents.to(self.device, torch.long)
+        arguments = self._packed(input_ids.to(self.device), numbers)
+        window = getattr(self.config, "sliding_window", None)
+        if window and int(arguments["position_ids"].max()) >= window:
+            raise UserError(
+                f"a packed document is longer than the window of {window} tokens that layers of {self.name} "
+                "attend to; read it in a row of its own"
+            )
+        return arguments
+
+    @cached_property
+    def packs(self) -> bool:
+        """Whether two documents in one row come out as they do alone; found out by trying."""
+        ids = torch.arange(8, device=self.device)[None] % self.config.vocab_size
+        numbers = torch.tensor([[1, 1, 1, 2, 2, 2, 2, 0]], device=self.device)
+        if not self.layout.positions:
+            return False
+        with torch.no_grad():
+            try:
+                both = self.layout.decoder(**self._packed(ids, numbers)).last_hidden_state
+            except (TypeError, KeyError, IndexError, RuntimeError, ValueError, AttributeError):
+                return False
+            parts = [ids[:, :3], ids[:, 3:7]]
+            alone = [
+                self.layout.decoder(**self.inputs(p, torch.ones_like(p))).last_hidden_state for p in parts
+            ]
+        off = (torch.cat(alone, dim=1) - both[:, :7]).float().norm(dim=-1)
+        exact = self.model.dtype in (torch.float32, torch.float64)
+        return bool((off <= (1e-3 if exact else 5e-2) * both[:, :7].float().norm(dim=-1)).all())
+
+    def _packed(self, input_ids: Tensor, numbers: Tensor) -> dict[str, Tensor]:
+        places = torch.arange(numbers.shape[1], device=numbers.device)
+        begins = numbers.diff(dim=1, prepend=numbers[:, :1]) != 0
+        allowed = numbers[:, :, None] == numbers[:, None, :]
+        if self.generates:  # a token of a causal model sees itself and what came before
+            allowed &= places[:, None] >= places
+        mask = torch.zeros(allowed.shape, dtype=self.model.dtype, device=numbers.device)
+        mask.masked_fill_(~allowed, torch.finfo(self.model.dtype).min)
+        starts = torch.where(begins, places, 0).cummax(dim=1).values
+        return {"input_ids": input_ids, "attention_mask": mask[:, None], "position_ids": places - starts}
+
 
 def positions(attention_mask: Tensor) -> Tensor:
     """Position of each token among the real ones of its row, shape (B, T), for a 0/1 mask of that shape."""
@@ -160,9 +216,11 @@ def positions(attention_mask: Tensor) -> Tensor:
 def load_model(path_or_name: str | Path, *, device: str = "cpu", dtype: str = "float32") -> LanguageModel:
     """Load a model folder, or a model of the Hugging Face Hub by name, ready for reading and editing.
 
-    Raises UserError when the folder, the Hub's model or the dtype does not exist.
+    Decoders (GPT-2, Llama, …) come with their logits; encoders (BERT), encoder-decoders (T5) and vision
+    transformers (ViT) can be read. Raises UserError when the folder, the Hub's model or the dtype does not
+    exist, or when the model is none of these.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
 
     if dtype not in _DTYPES:
@@ -171,8 +229,10 @@ def load_model(path_or_name: str | Path, *, device: str = "cpu", dtype: str = "f
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=_DTYPES[dtype])
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        loader = _loader(AutoConfig.from_pretrained(folder))
+        model: Any = loader.from_pretrained(folder, dtype=_DTYPES[dtype])
+        images = model.main_input_name == "pixel_values"
+        tokenizer: Any = None if images else AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"model {path_or_name} cannot be loaded: {reason}") from error
@@ -183,17 +243,36 @@ def load_model(path_or_name: str | Path, *, device: str = "cpu", dtype: str = "f
     return wrap_model(model.to(device), tokenizer, name=name, id=weights_id(folder))
 
 
+def _loader(config: Any) -> Any:
+    """The library's loader for what a configuration describes."""
+    import transformers as hf
+    from transformers.models.auto import modeling_auto as known
+
+    named = (config.architectures or [""])[0]
+    masked = config.model_type in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if config.is_encoder_decoder:
+        return hf.AutoModelForSeq2SeqLM
+    if named.endswith("ForMaskedLM"):
+        return hf.AutoModelForMaskedLM
+    # Encoders are in the library's list of causal models too: some were made into decoders, which says so.
+    causal = config.model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return hf.AutoModelForCausalLM if causal and (not masked or config.is_decoder) else hf.AutoModel
+
+
 def wrap_model(model: nn.Module, tokenizer: Any, *, name: str, id: str | None = None) -> LanguageModel:
     """Make a LanguageModel of a model in memory; freezes it and sets evaluation mode.
 
-    Without `id` the weights in memory are hashed, tied ones once, as `save_pretrained` would store them.
+    Without `id` the weights in memory are hashed, tied ones once, as `save_pretrained` would store them. A
+    model that reads images has no tokenizer (None).
     """
     model.eval().requires_grad_(False)
-    tokenizer.padding_side = "left"
+    if tokenizer is not None:
+        tokenizer.padding_side = "left"
     if id is None:
         tied = cast("Mapping[str, str]", getattr(model, "all_tied_weights_keys", None) or {})
         id = weights_id({k: v for k, v in model.state_dict().items() if k not in tied})
-    return LanguageModel(model, tokenizer, name, id, tokenizer_id(tokenizer), discover(model))
+    words = "" if tokenizer is None else tokenizer_id(tokenizer)
+    return LanguageModel(model, tokenizer, name, id, words, discover(model))
 
 
 def weights_id(source: str | Path | Mapping[str, Tensor]) -> str:

@@ -34,6 +34,7 @@ _IN_TRANSFORMER_LENS: dict[SiteKind, str] = {
     **{kind: f"blocks.{{}}.hook_{kind}" for kind in STREAM_KINDS},
     "attn_z": "blocks.{}.attn.hook_z",
     "mlp_in": "blocks.{}.mlp.hook_in",
+    "router": "blocks.{}.mlp.gate.hook_out",
     "final_norm": "ln_final.hook_out",
 }
 _OURS = re.compile(r"(?:(encoder|decoder)\.)?(?:layers\.(\d+)\.)?(\w+)")
