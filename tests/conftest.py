@@ -126,3 +126,25 @@ def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pad_token_id=tokenizer.pad_token_id,
     )
     return _save(tmp_path_factory.mktemp("tiny-gpt2"), tokenizer, lambda: GPT2LMHeadModel(config))
+
+
+@pytest.fixture(scope="session")
+def same_as_docs() -> Callable[[str, str, list[dict[str, str]]], None]:
+    """Compare rows with the table under a heading of a page in docs; UNBRAID_WRITE_DOCS=1 writes them."""
+
+    def compare(page: str, heading: str, rows: list[dict[str, str]]) -> None:
+        path = REPOSITORY / "docs" / page
+        lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+        table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+        text = path.read_text(encoding="utf-8")
+        before, found, after = text.partition(f"## {heading}\n")
+        assert found, f"{path} has no heading {heading!r}"
+        introduction, _, rest = after.partition("\n|")
+        _, _, rest = rest.partition("\n\n")
+        wanted = f"{before}{found}{introduction}\n{table}\n" + (f"\n{rest}" if rest else "")
+        if os.environ.get("UNBRAID_WRITE_DOCS") == "1":
+            path.write_text(wanted, encoding="utf-8")
+            return
+        assert text == wanted, f"docs/{page} is not what the checks found; run them with UNBRAID_WRITE_DOCS=1"
+
+    return compare

@@ -90,3 +90,21 @@ def test_an_existing_folder_stays_as_it_is(tiny_gpt2: Path, text: Path, tmp_path
     assert main(arguments(tiny_gpt2, text, tmp_path)) == 2
     assert "exists already" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.txt"]
+
+
+def test_list_sites_says_what_there_is_and_what_not(tiny_gpt2: Path, capsys) -> None:
+    assert main(["capture", "--list-sites", str(tiny_gpt2)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["site", "layers", "width"]
+    assert "attn_z               0-1          32 (4 heads of 8)" in lines
+    assert "final_norm           after all    32" in lines
+    assert "no router: its layers have no mixture of experts" in lines
+    assert main(["capture", "--list-sites", str(tiny_gpt2), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert {"site": "mlp_in", "layers": [0, 1], "width": 32} in said["sites"]
+    assert said["missing"].keys() == {"router", "cross_out"}
+
+
+def test_what_is_not_given_is_named(capsys) -> None:
+    assert main(["capture", "--model", "x", "--site", "layers.0.resid_post"]) == 2
+    assert "--text, --out must be given, or --list-sites MODEL alone" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from unbraid.model.edits import Edit
 from unbraid.model.generate import generate
 from unbraid.model.load import LanguageModel, load_model, wrap_model
 from unbraid.model.read import logits_and_sites, read_images, read_sites
-from unbraid.model.sites import Site
+from unbraid.model.sites import KINDS, Site
 
 D, LAYERS, NEW = 32, 2, 5
 IDS = torch.tensor([[5, 9, 30, 41, 17, 60], [8, 20, 50, 6, 19, 33]])
@@ -252,3 +253,47 @@ def test_loaded_from_a_folder_as_what_it_is(kind: Any, config: Any, tmp_path: Pa
         settings = CaptureConfig(sites=(Site(1, "resid_post", "decoder"),))
         with pytest.raises(UserError, match="capture the encoder"):
             capture(lm, documents, settings, tmp_path / "decoder")
+
+
+def test_the_page_of_families_says_what_was_checked_here(
+    bert: LanguageModel,
+    t5: LanguageModel,
+    vit: LanguageModel,
+    same_as_docs: Callable[[str, str, list[dict[str, str]]], None],
+) -> None:
+    """Each row runs the checks above and stands on their success."""
+    test_bert_normalises_its_stream_after_each_sum(bert)
+    test_bert_padded_packed_and_edited(bert)
+    test_t5_adds_up_in_both_stacks(t5)
+    test_t5_is_read_with_padding_and_without_its_decoder(t5)
+    test_t5_edits_reach_every_decoded_token(t5)
+    test_vit_is_read_from_images(vit)
+    rows: list[dict[str, str]] = []
+    for family, lm, layout, sublayers, padding, edits in (
+        ("BERT, MiniLM", bert, bert.layout, "normalised after each sum", "yes", "yes"),
+        ("T5, encoder", t5, t5.layout.encoder, "one after the other", "yes", "refused"),
+        (
+            "T5, decoder",
+            t5,
+            t5.layout,
+            "one after the other",
+            "of the encoder, yes",
+            "yes, at every decoded token",
+        ),
+        ("ViT", vit, vit.layout, "one after the other", "has none", "refused"),
+    ):
+        assert layout is not None
+        missing = ", ".join(kind for kind in KINDS if kind in layout.missing)
+        rows.append(
+            {
+                "family": family,
+                "class": f"`{type(lm.model).__name__}`",
+                "kinds of sites it lacks": missing,
+                "sublayers": sublayers,
+                "padding changes nothing": padding,
+                "packing changes nothing": "yes" if lm is not vit and lm.packs else "refused",
+                "edits": edits,
+                "replies": "yes" if lm.generates else "refused",
+            }
+        )
+    same_as_docs("FAMILIES.md", "Encoders and vision", rows)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,9 @@ from torch import Tensor
 from unbraid.manifest.errors import UserError
 from unbraid.model.apply import applied
 from unbraid.model.edits import Edit, apply_reference
-from unbraid.model.load import LanguageModel, wrap_model
+from unbraid.model.load import LanguageModel, load_model, wrap_model
 from unbraid.model.read import logits_and_sites, read_sites
+from unbraid.model.replace import replaced
 from unbraid.model.sites import KINDS, Site
 
 VOCABULARY, D, HEADS, LAYERS = 64, 32, 4, 3
@@ -289,20 +292,91 @@ def generate(lm: LanguageModel, ids: Tensor, mask: Tensor) -> Tensor:
     return lm.model.generate(ids, attention_mask=mask, **settings)[:, ids.shape[1] :]
 
 
+def check_transformer_lens(lm: LanguageModel) -> str:
+    """TransformerLens' bridge reads the same at every site that it has, where its logits are the model's."""
+    pytest.importorskip("transformer_lens", reason="TransformerLens is the oracle")
+    from transformer_lens.model_bridge import TransformerBridge
+
+    bare = build(*FAMILIES[lm.name])
+    bare.config.architectures = [type(bare).__name__]
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer().save_pretrained(folder)
+        (Path(folder) / "config.json").write_text('{"model_type": "llama"}')
+        words = hf.AutoTokenizer.from_pretrained(folder)
+        words.init_kwargs["name_or_path"] = folder  # it loads the tokenizer again from there
+        try:
+            bridge = TransformerBridge.boot_transformers(
+                lm.name, hf_model=bare, tokenizer=words, device="cpu"
+            )
+            logits, kept = bridge.run_with_cache(IDS, attention_mask=ONES)
+        except (ValueError, RuntimeError) as error:
+            return f"no oracle: its bridge ends in a {type(error).__name__}"
+    if not close(logits, logits_and_sites(lm, IDS, ONES)[0]):
+        return "no oracle: its logits are not the model's"
+    compared: set[str] = set()
+    for site, x in read_sites(lm, IDS, ONES, lm.layout.sites).items():
+        if site.transformer_lens in kept:
+            assert close(kept[site.transformer_lens].reshape(x.shape), x), site
+            compared.add(site.kind)
+    assert len(compared) >= 7
+    without = [kind for kind in KINDS if kind in lm.layout.kinds - compared]
+    return "the same" + (f", has no {', '.join(without)}" if without else "")
+
+
 CHECKS: dict[str, Callable[[LanguageModel], str]] = {
-    "identities": check_identities,
-    "zero": check_zero,
-    "reach": check_reach,
-    "decoding": check_decoding,
-    "padding": check_padding,
-    "packing": check_packing,
+    "sublayers": check_identities,
+    "edit of strength zero is nothing": check_zero,
+    "edit seen by all later layers": check_reach,
+    "and by every decoded token": check_decoding,
+    "padding changes nothing": check_padding,
+    "packing changes nothing": check_packing,
+    "TransformerLens": check_transformer_lens,
 }
+
+
+@cache
+def result(name: str, check: str) -> str:
+    return CHECKS[check](family(name))
 
 
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_means_what_it_says(name: str, check: str) -> None:
-    assert CHECKS[check](family(name))
+    assert result(name, check)
+
+
+def test_the_page_of_families_says_what_the_checks_found(
+    same_as_docs: Callable[[str, str, list[dict[str, str]]], None],
+) -> None:
+    rows: list[dict[str, str]] = []
+    for name, (model, _, _) in FAMILIES.items():
+        missing = [kind for kind in KINDS if kind in family(name).layout.missing]
+        what = {"family": name, "class": f"`{model}`", "kinds of sites it lacks": ", ".join(missing)}
+        rows.append(what | {check: result(name, check) for check in CHECKS})
+    same_as_docs("FAMILIES.md", "Decoders", rows)
+
+
+def test_a_captured_and_restored_site_leaves_the_loss_of_real_models(shared_models: Path) -> None:
+    """Activations read, kept and put back in: at every kind of site the next-token loss stays."""
+    text = "Once upon a time there was a little girl who liked to play outside with her red ball."
+    for folder in ("stories260k", "tinystories-656k", "tinystories-chat-3m"):
+        lm = load_model(shared_models / folder)
+        ids = torch.tensor([lm.tokenizer(text)["input_ids"]])
+        mask = torch.ones_like(ids)
+        untouched = loss(lm, ids)
+        sites = [site for site in lm.layout.sites if site.layer in (0, lm.n_layers - 1, None)]
+        kept = read_sites(lm, ids, mask, sites)
+        for site in sites:
+            # What was there is thrown away: the restored values must carry the whole computation.
+            with replaced(lm, site, lambda x, new=kept[site][0]: 0 * x + new.clone(), mask.bool()):
+                assert abs(loss(lm, ids) - untouched) <= 1e-5, (folder, site)
+            with replaced(lm, site, lambda x, new=kept[site][0]: new.flip(0), mask.bool()):
+                assert abs(loss(lm, ids) - untouched) > 1e-3, f"{site} of {folder} carries nothing"
+
+
+def loss(lm: LanguageModel, ids: Tensor) -> float:
+    logits, _ = logits_and_sites(lm, ids, torch.ones_like(ids))
+    return float(torch.nn.functional.cross_entropy(logits[0, :-1].double(), ids[0, 1:]))
 
 
 # What a family lacks, but for cross_out and router, which none has without an encoder and experts.
