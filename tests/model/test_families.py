@@ -18,6 +18,7 @@ from torch import Tensor
 from unbraid.manifest.errors import UserError
 from unbraid.model.apply import applied
 from unbraid.model.edits import Edit, apply_reference
+from unbraid.model.families import discover
 from unbraid.model.load import LanguageModel, load_model, wrap_model
 from unbraid.model.read import logits_and_sites, read_sites
 from unbraid.model.replace import replaced
@@ -206,12 +207,15 @@ def check_zero(lm: LanguageModel) -> str:
     """An edit of strength zero is bitwise nothing, at every site, in one pass and in generation."""
     bare, _ = logits_and_sites(lm, IDS, ONES)
     words = generate(lm, IDS, ONES)
-    for nothing in [*edits(lm, "add", 0.0), *edits(lm, "scale", 1.0)]:
+    nothings = [*edits(lm, "add", 0.0), *edits(lm, "scale", 1.0)]
+    for nothing in nothings:
         with applied(lm, [nothing]) as run:
             logits, _ = logits_and_sites(lm, IDS, ONES)
             assert run.counts[0].fired == IDS.numel(), "it fires everywhere"
             assert torch.equal(logits.view(torch.int32), bare.view(torch.int32)), nothing.name
-            assert torch.equal(generate(lm, IDS, ONES), words)
+    with applied(lm, nothings) as run:
+        assert torch.equal(generate(lm, IDS, ONES), words)
+        assert all(count.fired == IDS.numel() + 2 * (NEW - 1) for count in run.counts)
     return "yes"
 
 
@@ -410,6 +414,43 @@ def test_sublayers_that_do_not_add_up_are_not_offered() -> None:
     assert lm.layout.kinds == {"resid_pre", "resid_post", "final_norm"}
     with pytest.raises(UserError, match="no known module of its layers has outputs that add up"):
         read_sites(lm, IDS, ONES, [Site(0, "attn_out")])
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "options", "missing"),
+    [
+        (
+            "GptOssForCausalLM",
+            "GptOssConfig",
+            {**_GROUPED, "head_dim": 8, "num_local_experts": 4},
+            {"cross_out"},
+        ),
+        ("CohereForCausalLM", "CohereConfig", _PLAIN, {"resid_mid", "cross_out", "router"}),
+        # Its sublayers' outputs are scaled before they are added.
+        (
+            "GraniteForCausalLM",
+            "GraniteConfig",
+            {**_PLAIN, "residual_multiplier": 0.5},
+            set(KINDS[1:8]) | {"router"},
+        ),
+        # Its layers are neither attention nor MLP.
+        ("MambaForCausalLM", "MambaConfig", {**_PLAIN, "state_size": 4}, {*KINDS[1:8], "final_norm"}),
+    ],
+)
+def test_of_a_family_that_nobody_listed_what_adds_up_is_offered(
+    model: str, config: str, options: dict[str, Any], missing: set[str]
+) -> None:
+    assert discover(build(model, config, options)).missing.keys() == missing
+
+
+def test_positions_that_begin_elsewhere_are_left_to_the_model() -> None:
+    """RoBERTa counts from its padding token's number on: positions from 0 would be silently wrong."""
+    roberta = build("RobertaForMaskedLM", "RobertaConfig", {**_PLAIN, "pad_token_id": 1, "bos_token_id": 0})
+    lm = wrap_model(roberta, tokenizer(), name="x", id="x")
+    with torch.no_grad():
+        recorded = roberta(IDS, output_hidden_states=True).hidden_states
+    assert not lm.layout.positions
+    assert torch.equal(read_sites(lm, IDS, ONES, [Site(1, "resid_pre")])[Site(1, "resid_pre")], recorded[1])
 
 
 def test_an_edit_where_it_would_do_nothing_is_refused() -> None:
