@@ -161,7 +161,7 @@ def _layout(
                 record.keep(module)
         record.keep(final_norm)
         record.keep(stack)
-        batch = _batch(model)
+        batch = _batch(whole)
         _run(model, whole, batch)
 
     places: dict[Site, Place] = {}
@@ -296,18 +296,18 @@ def _router(model: nn.Module, layer: nn.Module) -> nn.Module | None:
     return next((module for module in layer.modules() if isinstance(module, kind)), None)
 
 
-def _batch(model: Any) -> dict[str, Tensor]:
+def _batch(whole: Any) -> dict[str, Tensor]:
     """Two rows of four tokens, or two images."""
-    device = next(model.parameters()).device
-    if model.main_input_name == "pixel_values":
-        config = model.config
+    device = next(whole.parameters()).device
+    if getattr(whole, "main_input_name", "") == "pixel_values":
+        config = whole.config
         sides = config.image_size if isinstance(config.image_size, list | tuple) else [config.image_size] * 2
         pixels = torch.arange(
             2 * config.num_channels * sides[0] * sides[1], dtype=torch.float32, device=device
         )
-        return {"pixel_values": pixels.sin().reshape(2, config.num_channels, *sides).to(model.dtype)}
-    ids = torch.arange(8, device=device).reshape(2, 4) % model.config.get_text_config().vocab_size
-    return {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}
+        return {"pixel_values": pixels.sin().reshape(2, config.num_channels, *sides).to(whole.dtype)}
+    ids = torch.arange(8, device=device).reshape(2, 4) % whole.config.get_text_config().vocab_size
+    return {"input_ids": ids, **({"decoder_input_ids": ids} if whole.config.is_encoder_decoder else {})}
 
 
 @torch.no_grad()
@@ -364,8 +364,9 @@ def _form(record: _Record, layer: nn.Module, row: BlockNames) -> Literal["sequen
 
 def _sums(whole: Tensor, *terms: Tensor) -> bool:
     """Whether terms (…, d) add up to the whole at every token, but for the rounding of their type."""
-    total = whole.flatten(0, -2).double()
-    parts = [term.reshape(total.shape).double() for term in terms]
+    wide = torch.promote_types(whole.dtype, torch.float32)
+    total = whole.flatten(0, -2).to(wide)
+    parts = [term.reshape(total.shape).to(wide) for term in terms]
     size = torch.stack([part.norm(dim=-1) for part in (total, *parts)]).sum(dim=0)
     off = (total - torch.stack(parts).sum(dim=0)).norm(dim=-1)
     return bool((off <= 4 * torch.finfo(whole.dtype).eps * size).all())

@@ -220,7 +220,7 @@ def load_model(path_or_name: str | Path, *, device: str = "cpu", dtype: str = "f
     transformers (ViT) can be read. Raises UserError when the folder, the Hub's model or the dtype does not
     exist, or when the model is none of these.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
     from transformers.utils import logging
 
     if dtype not in _DTYPES:
@@ -231,7 +231,7 @@ def load_model(path_or_name: str | Path, *, device: str = "cpu", dtype: str = "f
     try:
         loader = _loader(AutoConfig.from_pretrained(folder))
         model: Any = loader.from_pretrained(folder, dtype=_DTYPES[dtype])
-        images = model.main_input_name == "pixel_values"
+        images = loader is AutoModel and model.main_input_name == "pixel_values"
         tokenizer: Any = None if images else AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
@@ -256,7 +256,11 @@ def _loader(config: Any) -> Any:
         return hf.AutoModelForMaskedLM
     # Encoders are in the library's list of causal models too: some were made into decoders, which says so.
     causal = config.model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    return hf.AutoModelForCausalLM if causal and (not masked or config.is_decoder) else hf.AutoModel
+    return (
+        hf.AutoModelForCausalLM
+        if causal and (not masked or getattr(config, "is_decoder", False))
+        else hf.AutoModel
+    )
 
 
 def wrap_model(model: nn.Module, tokenizer: Any, *, name: str, id: str | None = None) -> LanguageModel:
