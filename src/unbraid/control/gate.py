@@ -48,7 +48,7 @@ def last_prompt_activations(
     in training.
     """
     encoded = [lm.encode_prompt(prompt) for prompt in prompts]
-    out = np.empty((len(encoded), lm.d_in), dtype=np.float32)
+    out = np.empty((len(encoded), lm.layout.width(site)), dtype=np.float32)
     # Prompts of like length share a batch, which keeps padding small.
     order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))
     for start in range(0, len(order), batch_size):

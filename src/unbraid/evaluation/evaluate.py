@@ -98,10 +98,9 @@ def evaluate_all(
     all that read the same site."""
     by_site: dict[Site, list[int]] = {}
     for number, sae in enumerate(saes):
-        check_fit(sae, lm)
-        by_site.setdefault(Site.parse(site) if site is not None else sae.site, []).append(number)
-    for chosen in by_site:
-        lm.layout.require(chosen)
+        chosen = Site.parse(site) if site is not None else sae.site
+        check_fit(sae, lm, chosen)
+        by_site.setdefault(chosen, []).append(number)
     for name, value in (("tokens", tokens), ("context", context), ("batch_tokens", batch_tokens)):
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; choose 1 or more")
@@ -161,11 +160,11 @@ def _constant(value: Tensor) -> Replacement:
     return lambda x: value.to(x.device).expand(x.shape)
 
 
-def check_fit(sae: SAE, lm: LanguageModel) -> None:
+def check_fit(sae: SAE, lm: LanguageModel, site: Site) -> None:
     """Raise UserError when an autoencoder was trained on other weights or for activations of another size."""
-    if sae.config.d_in != lm.d_in:
+    if sae.config.d_in != (width := lm.layout.width(site)):
         raise UserError(
-            f"the autoencoder reads {sae.config.d_in} dimensions but model {lm.name} has {lm.d_in}; "
+            f"the autoencoder reads {sae.config.d_in} dimensions but model {lm.name} has {width} at {site}; "
             "name the model that it was trained on"
         )
     if sae.config.model_id and sae.config.model_id != lm.id:

@@ -85,7 +85,7 @@ def _means(
     positions = _settled(kept, positions)
     d_sae = 0 if sae is None else sae.config.d_sae
     latents = np.zeros((len(kept), d_sae), dtype=np.float32)
-    raw = np.zeros((len(kept), lm.d_in), dtype=np.float32)
+    raw = np.zeros((len(kept), lm.layout.width(site)), dtype=np.float32)
     tokens = np.zeros(len(kept), dtype=np.int64)
     for rows in read_rows(lm, kept, site, positions=positions, context=context, batch_tokens=batch_tokens):
         x = rows.x[torch.from_numpy(rows.counted).to(rows.x.device)]
