@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from unbraid.activations.capture import CaptureConfig, capture
@@ -106,6 +106,7 @@ def test_focus_and_mask_of_every_message_move_along(scrubber: Scrubber) -> None:
     st.lists(st.tuples(st.text("ab ", max_size=5), st.text("X", min_size=1, max_size=9)), max_size=5),
     st.data(),
 )
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_a_moved_span_holds_the_same_ordinary_characters(
     parts: list[tuple[str, str]], data: st.DataObject
 ) -> None:
