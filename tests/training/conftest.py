@@ -34,6 +34,7 @@ def _store(
     shard_tokens: int = 2048,
     sites: tuple[str, ...] = ("layers.1.resid_post",),
     model_id: str = "m" * 64,
+    tokenizer_id: str = "t" * 64,
 ) -> ActivationStore:
     folder.mkdir(parents=True)
     for index, start in enumerate(range(0, len(x), shard_tokens)):
@@ -47,7 +48,7 @@ def _store(
         kind="activations",
         command="",
         seed=0,
-        inputs={"model": model_id, "tokenizer": "t" * 64},
+        inputs={"model": model_id, "tokenizer": tokenizer_id},
         facts={
             "model": "tiny",
             "sites": list(sites),

@@ -201,8 +201,8 @@ def inputs(
 ) -> tuple[Path, Path, Path]:
     """Activations at three sites, a model of their size and an autoencoder to be tuned."""
     root = tmp_path_factory.mktemp("inputs")
-    x, id = planted(6000, d_in=3 * 48), load_model(tiny_llama).id
-    store = make_store(root / "acts", x, sites=SITES, model_id=id)
+    x, lm = planted(6000, d_in=3 * 48), load_model(tiny_llama)
+    store = make_store(root / "acts", x, sites=SITES, model_id=lm.id, tokenizer_id=lm.tokenizer_id)
     config = TrainConfig(d_sae=64, k=4, **LOOP | {"steps": 10})
     train(store, SITES[1], config, root / "sae")
     return root / "acts", tiny_llama, root / "sae"
