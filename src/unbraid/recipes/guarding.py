@@ -102,7 +102,7 @@ def guard_of(shop: Workshop, readers: Sequence[Reader], fit: PromptSet, chosen_o
     write the policy.
     """
     lm, config = shop.lm, shop.config
-    gate, gate_id = gate_of(shop, max(r.sae.site for r in readers), fit, chosen_on)
+    gate, gate_id = gate_of(shop, max((r.sae.site for r in readers), key=lambda s: s.depth), fit, chosen_on)
     options = latent_options(shop, readers, gate)
     bad, honest = (
         list(read_documents(shop.out / "replies" / f"{n}.jsonl")) for n in ("positive", "negative")
