@@ -37,7 +37,7 @@ from unbraid.sae.kernels import cpu, loops
 ENTRIES = "entries_by_int8"
 LABELS = {
     "quantise_rows": "int8 copy of x", "rough_scores": "int8 product", "candidates": "candidates",
-    "pre_activations": "exact pre-activations", "between": "between these four",
+    "pre_activations": "exact pre-activations", "between": "less, as they are one call",
     "best_entries": "choice of k", "decode_and_compare": "decode, error, value gradients",
     "of": "lists by latent", "update": "gradients, Adam, int8 copy", "rest": "all else",
 }  # fmt: skip
