@@ -56,7 +56,7 @@ def seconds(work: Callable[[int], Any], threads: int, repeat: int = 9) -> float:
 
 def rates(d: int, width: int, threads: int) -> dict[str, float]:
     """Operations a second of the product, bytes a second of random rows and of a pass over memory."""
-    again, size = loops.TILE_ROWS * loops.GROUP, loops.TILE_ROWS * loops.GROUP
+    again = size = loops.TILE_ROWS * loops.GROUP  # as many tiles as numbers in one, which `best` lies in
     tile, weights = (
         np.broadcast_to(np.ones((1, d // loops.WORD, n), np.int32), (again, d // loops.WORD, n))
         for n in (loops.TILE_ROWS, loops.GROUP)
@@ -199,9 +199,11 @@ def main() -> None:
         step(batch)
         whole.append(time.perf_counter() - started)
     spent = {name: clock.spent[name] / given.steps / threads for name in clock.spent}
-    in_pieces(clock.calls, threads)  # compiled
-    pieces, candidates = in_pieces(clock.calls, threads)
-    spent |= pieces | {"between": spent.pop(ENTRIES) - sum(pieces.values())}
+    candidates = 0
+    if clock.calls:  # without int8 the choice of entries is part of all else
+        in_pieces(clock.calls, threads)  # compiled
+        pieces, candidates = in_pieces(clock.calls, threads)
+        spent |= pieces | {"between": spent.pop(ENTRIES) - sum(pieces.values())}
     spent["rest"] = median(whole) - sum(spent.values())
     entries, row, matrix = n * given.k, 4 * d, 4 * d * width
     floors = {
@@ -212,12 +214,14 @@ def main() -> None:
     }
     print(
         f"d {d}, width {width}, {threads} threads: product {rate['product'] / 1e9:,.0f} GOP/s, random rows "
-        f"{rate['rows'] / 1e9:.0f} GB/s, a pass {rate['pass'] / 1e9:.0f} GB/s; "
-        f"{candidates / n:.1f} candidates a row"
+        f"{rate['rows'] / 1e9:.0f} GB/s, a pass {rate['pass'] / 1e9:.0f} GB/s"
+        + (f"; {candidates / n:.1f} candidates a row" if candidates else "")
     )
     print(f"{'':32}{'ms':>8}{'floor':>8}")
     rows: list[dict[str, Any]] = []
     for name, label in LABELS.items():
+        if name not in spent:
+            continue
         floor = floors.get(name)
         print(f"{label:32}{1000 * spent[name]:8.1f}" + (f"{1000 * floor:8.1f}" if floor else ""))
         rows.append({"name": f"step_{name}", "value": 1000 * spent[name], "unit": "ms"})
