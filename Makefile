@@ -15,7 +15,8 @@ demo: .venv/.runtime  ## the whole story on the embedded practice assistant
 test: .venv/.dev  ## every test
 	$(BIN)/python -m pytest -q
 
-kills: .venv/.dev  ## every kind of training killed ten times, against an undisturbed run
+kills: .venv/.dev  ## every kind of capture and training killed ten times, against an undisturbed run
+	OMP_NUM_THREADS=1 $(BIN)/python tests/activations/test_killed.py $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/training/test_killed.py $(ARGS)
 
 check: .venv/.dev  ## style, types and the order of the rooms

@@ -6,11 +6,11 @@
 
 The world is SAELens's own `SyntheticModel`: features in superposition that fire by Zipf's law, correlated, in
 a hierarchy. Its samples go to disk as a capture; `unbraid.training` trains on it, and SAELens's `SAETrainer`
-is fed the very same batches in the same order. Each tool has the learning rate, out of the same few, that
-gives its TopK the best F1 with the first seed. The weights of L1 and L0 terms are searched for until as many
-latents fire as features do, at that rate and at higher ones as long as explained variance, which one can go
-by who does not know the features, gets better. Everything is judged by SAELens's own evaluation, on samples
-none has seen:
+is fed the very same batches in the same order. Each architecture of each tool has the learning rate, out of
+the same few ascending ones, up to which explained variance gets better with the first seed: what one can go
+by who does not know the features. The weights of L1 and L0 terms are searched for at every rate until as many
+latents fire as features do; these architectures begin at the rate of the tool's TopK. Everything is judged by
+SAELens's own evaluation, on samples none has seen:
 
 MCC: mean |cosine| of the best one-to-one matching of decoder rows and features. F1: of each latent as a
 detector of the feature closest to it. EV: explained variance.
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -71,6 +72,9 @@ SITE = "layers.0.resid_post"
 SHARD = 65_536
 EVALUATED = 30_000
 """Samples that an autoencoder is judged on."""
+PLANTED, SAMPLED, FRESH = 1_000, 2_000, 3_000
+"""What is added to a seed for the features, their samples and those for judging. With the training's own seed
+torch would draw the planted features again as the first weights: the answer given away."""
 FIXED = ("topk", "batchtopk", "matryoshka", "lista")
 """Architectures in which k fixes how many latents fire."""
 MARGIN = 0.05
@@ -103,10 +107,10 @@ def world(given: argparse.Namespace, seed: int, folder: Path) -> World:
             correlation=LowRankCorrelationConfig(rank=25, correlation_scale=0.1),
             std_firing_magnitudes=FoldedNormalMagnitudeConfig(mean=0.5, std=0.5),
             mean_firing_magnitudes=LinearMagnitudeConfig(start=5.0, end=4.0),
-            seed=seed,
+            seed=PLANTED + seed,
         )
     )  # fmt: skip
-    torch.manual_seed(seed)
+    torch.manual_seed(SAMPLED + seed)
     folder.mkdir()
     fired = 0
     for index, start in enumerate(range(0, given.samples, SHARD)):
@@ -207,7 +211,7 @@ TOOLS = {"unbraid": ours, "saelens": theirs}
 
 def judge(sae: Any, w: World, seed: int) -> dict[str, float]:
     """SAELens's evaluation on fresh samples."""
-    torch.manual_seed(10_000 + seed)
+    torch.manual_seed(FRESH + seed)
     found = eval_sae_on_synthetic_data(
         sae, w.model.feature_dict, w.model.activation_generator, num_samples=EVALUATED, batch_size=2048
     )
@@ -265,37 +269,53 @@ class Bench:
         )
         return row
 
+    def untrained(self, tool: str, seed: int) -> dict[str, float]:
+        """A TopK autoencoder after one tiny step: how near the first weights are to the features."""
+        given = argparse.Namespace(**vars(self.given) | {"steps": 1})
+
+        def work() -> dict[str, float]:
+            w = self.world(seed)
+            return judge(TOOLS[tool](w, "topk", 1e-9, 1.0, seed, given), w, seed)
+
+        return self.once(f"tool={tool} untrained seed={seed}", work)
+
     def chosen(self, tool: str, arch: str, rates: list[float]) -> tuple[float, float]:
         """The rate, out of these ascending ones, and the weight with which the first seed's EV is best at the
-        wanted L0; the first rate where k fixes the L0."""
-        best, found = (False, 0.0), (rates[0], 1.0)
-        for lr in rates if arch not in FIXED else ():
-            weight = self.tuned(tool, arch, lr)
-            row = self.run(tool, arch, lr, weight, self.given.seeds[0])
-            worth = self.matched(row["l0"], self.given.seeds[0]), row["ev"]
-            if worth <= best:
+        wanted L0: rates are tried as long as it gets better."""
+        best, found, weight = -math.inf, (rates[0], 1.0), 1.0
+        for lr in rates:
+            weight, row = self.tuned(tool, arch, lr, weight)
+            if arch not in FIXED and self.off(row) > MARGIN:
+                weight = 1.0  # no weight does it at this rate
+            elif row["ev"] <= best:
                 break
-            best, found = worth, (lr, weight)
+            else:
+                best, found = row["ev"], (lr, weight)
         return found
 
-    def matched(self, l0: float, seed: int) -> bool:
-        """Whether as many latents fire as features do."""
-        return abs(l0 / self.l0(seed) - 1) <= MARGIN
+    def off(self, row: dict[str, float]) -> float:
+        """How far the first seed's L0 is from the wanted one, as a share."""
+        return abs(row["l0"] / self.l0(self.given.seeds[0]) - 1)
 
-    def tuned(self, tool: str, arch: str, lr: float) -> float:
-        """The weight of a sparsity term with which about as many latents fire as features do, with the first
-        seed.
+    def tuned(self, tool: str, arch: str, lr: float, weight: float) -> tuple[float, dict[str, float]]:
+        """The weight of a sparsity term, from `weight` on, with which about as many latents fire as features
+        do with the first seed; and what came out with it.
 
-        Searched by its logarithm: times 3 or a third until the number is passed, then halved in between.
+        Searched as if log L0 were a straight line in log weight: through the nearest point and, where there
+        is one, the nearest on the other side.
         """
-        weight, low, high, seed = 1.0, None, None, self.given.seeds[0]
-        for _ in range(self.given.search):
-            l0 = self.run(tool, arch, lr, weight, seed)["l0"]
-            if self.matched(l0, seed):
+        seed, tried = self.given.seeds[0], list[tuple[float, float, dict[str, float]]]()
+        for _ in range(1 if arch in FIXED else self.given.search):
+            row = self.run(tool, arch, lr, weight, seed)
+            tried.append((math.log(row["l0"] / self.l0(seed)), math.log(weight), row))
+            tried.sort(key=lambda one: abs(one[0]))
+            (off, at, row), *rest = tried
+            if self.off(row) <= MARGIN:
                 break
-            low, high = (weight, high) if l0 > self.l0(seed) else (low, weight)
-            weight = (low * high) ** 0.5 if low and high else weight * (3 if high is None else 1 / 3)
-        return weight
+            across = [one for one in rest if one[0] * off < 0] or rest
+            slope = (across[0][1] - at) / (across[0][0] - off) if across else -1.0
+            weight = math.exp(at - max(-1.1, min(1.1, off * (slope if slope < 0 else -1.0))))
+        return math.exp(tried[0][1]), tried[0][2]
 
 
 def say(text: str) -> None:
@@ -307,8 +327,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for name, value in (
-        ("features", 4096), ("d", 256), ("width", 1024), ("samples", 1_000_000), ("steps", 2000),
-        ("batch", 1024), ("search", 6), ("threads", 2),
+        ("features", 2048), ("d", 192), ("width", 512), ("samples", 1_000_000), ("steps", 1500),
+        ("batch", 1024), ("search", 5), ("threads", 2),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
     everything = ("topk", "batchtopk", "matryoshka", "jumprelu", "relu", "lista")
@@ -323,14 +343,16 @@ def main() -> None:
     chosen: dict[tuple[str, str], tuple[float, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(given, Path(folder))
+        rates = sorted(given.lr)
         for tool in TOOLS:
-            rates = sorted(given.lr)
-            scores = [bench.run(tool, "topk", lr, 1.0, given.seeds[0])["f1"] for lr in rates]
-            best = scores.index(max(scores))
+            start = bench.chosen(tool, "topk", rates)[0]
             for arch in given.arch:
                 if (tool, arch) != ("saelens", "lista"):
-                    chosen[tool, arch] = bench.chosen(tool, arch, rates[best:])
+                    from_ = rates if arch in FIXED else [lr for lr in rates if lr >= start]
+                    chosen[tool, arch] = bench.chosen(tool, arch, from_)
         for seed in given.seeds:
+            for tool in TOOLS:
+                found.setdefault((tool, "untrained"), []).append(bench.untrained(tool, seed))
             for (tool, arch), (lr, weight) in chosen.items():
                 found.setdefault((tool, arch), []).append(bench.run(tool, arch, lr, weight, seed))
     report(found, chosen, given)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from unbraid.activations import capture as room
 from unbraid.activations.capture import CaptureConfig, capture
-from unbraid.activations.plan import Plan, batched
+from unbraid.activations.plan import Piece, Plan, batched
 from unbraid.activations.store import ActivationStore
-from unbraid.activations.text import Document, tokenise, windows
+from unbraid.activations.text import Document, TokenisedDocument, tokenise, windows
 from unbraid.manifest.errors import IntegrityError, UserError
 from unbraid.model.load import LanguageModel, load_model, wrap_model
 from unbraid.model.read import read_sites
@@ -161,6 +165,22 @@ def test_batches_are_full_of_like_lengths_and_depend_on_the_data_alone(
     assert padded < 1.15 * sum(length for g in groups for b in g for _, length in b)
 
 
+@given(lengths=st.lists(st.integers(1, 64), max_size=120))
+def test_no_window_is_lost_and_only_small_batches_are_padded_much(lengths: list[int]) -> None:
+    pieces = [
+        Piece(
+            TokenisedDocument("a", (0,) * n, *((False,) * n,) * 5, (0,) * n), number, np.ones(n, dtype=bool)
+        )
+        for number, n in enumerate(lengths)
+    ]
+    batches = batched(pieces, 256)
+    assert sorted(p.document for batch in batches for p in batch) == list(range(len(lengths)))
+    for batch in batches:
+        sizes = [len(p.window.input_ids) for p in batch]
+        # Up to its last window a batch was either not an eighth full or padded by a sixteenth at most.
+        assert sum(sizes[:-1]) < 256 / 8 or sum(sizes) >= 15 / 16 * len(sizes) * max(sizes)
+
+
 def test_a_window_beyond_the_batch_size_stands_alone(lm: LanguageModel) -> None:
     groups = list(Plan(lm, [Document.of_text("wait " * 50)] * 3, 100, 8, "all", None))
     batches = [[len(p.window.input_ids) for p in batch] for group in groups for batch in group.batches]
@@ -225,7 +245,7 @@ def test_impossible_captures_are_refused_and_leave_no_trace(
         ("per_stratum", 0, "--per-stratum"),
         ("skip_norm_above", 1.0, "--skip-norm-above"),
         ("skip_norm_above", float("nan"), "--skip-norm-above"),
-        ("dtype", "int8", "--dtype"),
+        ("dtype", "int4", "--dtype"),
     ],
 )
 def test_impossible_settings_are_refused(field: str, value: Any, says: str) -> None:
@@ -471,15 +491,17 @@ def test_a_continued_capture_with_other_settings_or_documents_is_refused(
     assert bytes_of(out) == bytes_of(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("truncated", [False, True])
 def test_a_damaged_shard_of_a_stopped_capture_is_named(
-    lm: LanguageModel, texts: Make, tmp_path: Path
+    lm: LanguageModel, texts: Make, tmp_path: Path, truncated: bool
 ) -> None:
     partial = stopped(lm, texts(60), tmp_path / "out")
     shard = partial / "shard-00001.safetensors"
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
-    shard.write_bytes(data)
-    with pytest.raises(IntegrityError, match=r"shard-00001.safetensors is missing or not what was written"):
+    shard.write_bytes(shard.read_bytes()[:-1] if truncated else data)
+    says = f"{shard} is missing or not what was written there; delete {partial} and capture again"
+    with pytest.raises(IntegrityError, match=re.escape(says)):
         capture(lm, texts(60), SMALL, tmp_path / "out")
 
 

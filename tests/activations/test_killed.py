@@ -1,7 +1,11 @@
-"""Ten times killed at random moments, a capture still ends in the bytes of an undisturbed one."""
+"""Killed at random moments, a capture still ends in the bytes of an undisturbed one.
+
+A few kills here; `python tests/activations/test_killed.py` (`make kills`) gives ten to every kind of capture.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -17,9 +21,12 @@ import pytest
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 
 SHARDS = 36
+TEN = "UNBRAID_KILLS"
+"""Environment variable with the number of kills."""
+KILLS = int(os.environ.get(TEN, "4"))
 # Forks a process for each capture, so that torch is imported once and not for each of the kills.
 SERVER = """
-import os, sys
+import json, os, sys
 import numpy as np
 from pathlib import Path
 from unbraid.activations.capture import CaptureConfig, capture
@@ -27,10 +34,12 @@ from unbraid.activations.documents import Document
 from unbraid.model.load import load_model
 
 lm = load_model(sys.argv[1])
-config = CaptureConfig(
-    sites=("layers.1.resid_post", "layers.0.mlp_out"), tokens=SHARDS * 200 - 50, context=64,
-    batch_tokens=256, shard_tokens=200, CHOSEN
-)
+
+def config(tokens):
+    return CaptureConfig(
+        sites=("layers.1.resid_post", "layers.0.mlp_out"), tokens=tokens, context=64, batch_tokens=256,
+        shard_tokens=200, CHOSEN
+    )
 
 def documents():
     rng = np.random.default_rng(0)
@@ -41,7 +50,8 @@ for line in sys.stdin:
     child = os.fork()
     if child == 0:
         try:
-            capture(lm, documents(), config, Path(line.strip()))
+            out, tokens, append = json.loads(line)
+            capture(lm, documents(), config(tokens), Path(out), append=append)
         except BaseException:
             import traceback
             traceback.print_exc()
@@ -57,10 +67,10 @@ class Server:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
 
-    def start(self, out: Path) -> int:
+    def start(self, out: Path, tokens: int, append: Path | None) -> int:
         """Begin a capture; returns its process id."""
         assert self.process.stdin
-        self.process.stdin.write(f"{out}\n")
+        self.process.stdin.write(json.dumps([str(out), tokens, append and str(append)]) + "\n")
         self.process.stdin.flush()
         return self.answer()
 
@@ -71,7 +81,7 @@ class Server:
 
 @contextmanager
 def serving(model: Path, chosen: str) -> Iterator[Server]:
-    code = SERVER.replace("SHARDS", str(SHARDS)).replace("CHOSEN", chosen)
+    code = SERVER.replace("CHOSEN", chosen)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", code, str(model)]
     pipe = subprocess.PIPE
@@ -82,31 +92,47 @@ def serving(model: Path, chosen: str) -> Iterator[Server]:
             process.kill()
 
 
-@pytest.mark.parametrize("chosen", ["", "per_document=20, per_stratum=30, skip_norm_above=1.05"])
-def test_ten_kills_change_no_byte(tiny_llama: Path, tmp_path: Path, chosen: str) -> None:
+CHOSEN = "per_document=20, per_stratum=30, skip_norm_above=1.05"
+
+
+@pytest.mark.parametrize(("chosen", "appended"), [("", 0), (CHOSEN, 0), ("", 650), (CHOSEN, 650)])
+def test_kills_change_no_byte(tiny_llama: Path, tmp_path: Path, chosen: str, appended: int) -> None:
     chance = random.Random(0)
+    tokens, old = SHARDS * 200 - 50 - appended, tmp_path / "old" if appended else None
     out, partial = tmp_path / "out", tmp_path / ".out.partial"
     with serving(tiny_llama, chosen) as server:
-        server.start(tmp_path / "whole")
+        if old is not None:
+            server.start(old, appended, None)
+            assert server.answer() == 0
+            before = {path.name: path.read_bytes() for path in old.iterdir()}
+        server.start(tmp_path / "whole", tokens, old)
         begun = time.monotonic()
         assert server.answer() == 0
         shards = len(list((tmp_path / "whole").glob("shard-*")))
-        assert shards == SHARDS if not chosen else SHARDS / 2 < shards < SHARDS
+        assert shards == SHARDS if not chosen else SHARDS / 3 < shards < SHARDS
         per_shard = (time.monotonic() - begun) / shards
         codes: list[int] = []
-        for kill in range(10):
-            child = server.start(out)
+        for kill in range(KILLS):
+            child = server.start(out, tokens, old)
             # Somewhere after a few more shards, in the middle of whatever it does then.
-            wanted = (kill + 1) * shards // 12
+            wanted = (kill + 1) * shards // (KILLS + 2)
             while len(list(partial.glob("shard-*"))) < wanted and not out.exists():
                 time.sleep(0.001)
             time.sleep(chance.uniform(0, 2 * per_shard))
             os.kill(child, signal.SIGKILL)
             codes.append(server.answer())
-        assert codes == [-signal.SIGKILL] * 10
+        assert codes == [-signal.SIGKILL] * KILLS
         assert not out.exists() and len(list(partial.glob("shard-*"))) < shards
-        server.start(out)
+        server.start(out, tokens, old)
         assert server.answer() == 0
     files = {path.name: path.read_bytes() for path in out.iterdir()}
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
     assert len(files) == shards + 4 + bool(chosen) and not partial.exists()
+    if old is not None:
+        assert {path.name: path.read_bytes() for path in old.iterdir()} == before
+    print(f"\n{KILLS} kills, {shards} shards; {len(files)} files, same bytes")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault(TEN, "10")
+    sys.exit(pytest.main(["-q", "-s", __file__, *sys.argv[1:]]))

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from unbraid.activations.rows import Rows
 from unbraid.activations.store import ActivationStore
 from unbraid.activations.stream import ahead, batches
 from unbraid.manifest.errors import UserError
@@ -126,10 +127,10 @@ def test_memory_is_one_buffer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     places: set[int] = set()
     gather = ActivationStore.gather
 
-    def watched(self: ActivationStore, site: Site, runs: list[tuple[int, int]], out: torch.Tensor) -> None:
-        held.append(len(out))
-        places.add(out.data_ptr())
-        gather(self, site, runs, out)
+    def watched(self: ActivationStore, site: Site, runs: list[tuple[int, int]], rows: Rows) -> None:
+        held.append(len(rows.values))
+        places.add(rows.values.data_ptr())
+        gather(self, site, runs, rows)
 
     monkeypatch.setattr(ActivationStore, "gather", watched)
     assert len(rows_of(batches(store, SITE, 100, seed=0, epochs=1, buffer_shards=3))) == 20_000

@@ -44,6 +44,21 @@ def test_a_sentence_says_that_the_corpus_was_too_small(
     assert "1,000,000 were asked for" in capsys.readouterr().out
 
 
+def test_what_the_model_computes_in_is_recorded(tiny_gpt2: Path, text: Path, tmp_path: Path, capsys) -> None:
+    made = {}
+    for dtype in ("float32", "bfloat16", "float16"):
+        out = tmp_path / dtype
+        assert main(arguments(tiny_gpt2, text, out, "--model-dtype", dtype)) == 0
+        made[dtype] = store = ActivationStore(out)
+        assert store.manifest.facts["computed"] == dtype
+        assert ("--model-dtype" in store.manifest.made_by.command) == (dtype != "float32")
+    rows = {dtype: store.read("layers.1.resid_post", 0).float() for dtype, store in made.items()}
+    # Batches are the same, so rows are: off by bfloat16's 8 bits, float16's 11.
+    for dtype, bits in (("bfloat16", 8), ("float16", 11)):
+        off = (rows[dtype] - rows["float32"]).norm() / rows["float32"].norm()
+        assert 2**-bits / 8 < off < 2**-bits * 4
+
+
 def test_what_was_chosen_is_said_and_recorded(tiny_gpt2: Path, tmp_path: Path, capsys) -> None:
     text = tmp_path / "corpus.jsonl"
     records = [{"text": f"the red ball {i} was delayed", "stratum": "a" if i % 9 else "b"} for i in range(45)]
@@ -108,3 +123,46 @@ def test_list_sites_says_what_there_is_and_what_not(tiny_gpt2: Path, capsys) -> 
 def test_what_is_not_given_is_named(capsys) -> None:
     assert main(["capture", "--model", "x", "--site", "layers.0.resid_post"]) == 2
     assert "--text, --out must be given, or --list-sites MODEL alone" in capsys.readouterr().err
+
+
+def test_append_takes_the_sites_and_says_what_is_new(
+    tiny_gpt2: Path, text: Path, tmp_path: Path, capsys
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    assert main(arguments(tiny_gpt2, text, old, "--tokens", "150", "--shard-tokens", "64")) == 0
+    printed = capsys.readouterr()
+    row = 32 * 2 + 12
+    assert f"capture: up to {150 * row / 1000:.1f} kB will be written to {old};" in printed.err
+    text.write_text(text.read_text() + "\n\nthe red ball is back")
+    words = ["capture", "--model", str(tiny_gpt2), "--text", str(text), "--shard-tokens", "64"]
+    words += ["--append", str(old), "--out", str(new)]
+    assert main([*words, "--tokens", "100000"]) == 0
+    printed = capsys.readouterr()
+    store = ActivationStore(new, check=True)
+    assert store.n_documents == 21 and [str(site) for site in store.sites] == ["layers.1.resid_post"]
+    assert f"at layers.1.resid_post, {store.n_tokens - 150} of them new beside 150 of " in printed.out
+    assert "100,000 were asked for" in printed.out
+    assert store.manifest.made_by.command.endswith(f"--append {old} --tokens 100000 --shard-tokens 64")
+    assert main([*words, "--json", "--out", str(tmp_path / "rest")]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["tokens"] == store.n_tokens and said["appended"]["tokens"] == 150
+    words[words.index("--append") + 1] = str(new)
+    assert main([*words, "--out", str(tmp_path / "more")]) == 2
+    assert "no token that was not captured before" in capsys.readouterr().err
+    assert main([*words[:-2], "--out", str(tmp_path / "more"), "--context", "32"]) == 2
+    assert "new was captured with context 256 and not 32" in capsys.readouterr().err
+
+
+def test_what_the_disk_has_no_room_for_is_refused(
+    tiny_gpt2: Path, text: Path, tmp_path: Path, capsys
+) -> None:
+    out = tmp_path / "out"
+    assert main(arguments(tiny_gpt2, text, out, "--tokens", "1000", "--disk-budget", "20kB")) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"{out} needs 76.0 kB for 1,000 rows, more than the --disk-budget of 20.0 kB" in said
+    assert main(arguments(tiny_gpt2, text, out, "--disk-budget", "lots")) == 2
+    assert "--disk-budget 'lots' is no size" in capsys.readouterr().err
+    huge = ["--tokens", str(10**15)]
+    assert main(arguments(tiny_gpt2, text, out, *huge)) == 2
+    assert "are free there; choose fewer --tokens, fewer --site or another --out" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.txt"]

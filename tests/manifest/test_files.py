@@ -56,6 +56,17 @@ def test_a_file_that_may_not_be_so_large_is_named(tmp_path: Path) -> None:
     assert caught.value.filename == str(tmp_path / "shard") and not list(tmp_path.iterdir())
 
 
+def test_a_failing_disk_is_named_with_what_to_do(tmp_path: Path) -> None:
+    says = "output error; run the same command again, what was finished is kept"
+    for place in (None, str(tmp_path / ".out.partial" / "shard")):
+        with pytest.raises(OSError, match=says) as caught, building(tmp_path / "out"):
+            raise OSError(errno.EIO, "Input/output error", place)
+        assert caught.value.filename == (place or str(tmp_path / ".out.partial"))
+    with pytest.raises(FileNotFoundError) as caught, building(tmp_path / "out"):
+        (tmp_path / "elsewhere").read_bytes()
+    assert caught.value.strerror == "No such file or directory"  # not of what is built
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
 def test_a_really_full_device_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="the disk is full"), writing(tmp_path / "shard") as temporary:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.testing._internal.two_tensor import TwoTensor
 
 from unbraid.manifest.errors import IntegrityError, UserError
 from unbraid.model.load import LanguageModel, load_model, tokenizer_id, weights_id, wrap_model
@@ -51,6 +52,17 @@ def test_names_shapes_and_dtypes_are_part_of_the_id() -> None:
         weights_id({"a": torch.zeros(8, dtype=torch.bfloat16)}),
     }
     assert len(ids) == 5
+
+
+def test_a_weight_made_of_other_tensors_is_hashed_as_those() -> None:
+    one, two = torch.arange(4.0), torch.ones(4)
+    ids = {
+        weights_id({"a": TwoTensor(one, two)}),
+        weights_id({"a": TwoTensor(two, one)}),
+        weights_id({"a": TwoTensor(one, one)}),
+        weights_id({"a": one}),
+    }
+    assert len(ids) == 4 and weights_id({"a": TwoTensor(one.clone(), two)}) in ids
 
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])

@@ -75,7 +75,7 @@ def _fvu(sae: SAE, x: torch.Tensor, y: torch.Tensor) -> float:
 ONE_SITE = {
     "jumprelu": ({"l0": 0.1}, "jumprelu"),
     "jumprelu, tanh": ({"l0": 0.1, "penalty": "tanh", "through_encoder": True}, "jumprelu"),
-    "gated": ({"l1": 1.0}, "gated"),
+    "gated": ({"l1": 1.5}, "gated"),
     "matryoshka": ({"widths": (48,)}, "jumprelu"),
     "matching_pursuit": ({}, "matching_pursuit"),
     "lista": ({"iterations": 2}, "lista"),

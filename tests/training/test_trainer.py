@@ -101,6 +101,16 @@ def test_the_saved_autoencoder_does_on_raw_activations_what_training_did(
     assert float(scaled.square().mean()) == pytest.approx(1, rel=0.05)
 
 
+def test_the_first_weights_are_not_what_a_world_of_the_same_seed_is_made_of(
+    store: ActivationStore, tmp_path: Path
+) -> None:
+    for seed in (0, 1, 7):
+        run = Run(_sources(store), replace(SMALL, seed=seed), tmp_path / str(seed))
+        drawn = torch.randn(run.sae.W_dec.shape, generator=torch.Generator().manual_seed(seed))
+        aligned = torch.cosine_similarity(drawn, run.sae.W_dec.detach().cpu(), dim=1)
+        assert float(aligned.abs().mean()) < 0.5  # chance in few dimensions; 1 with that generator
+
+
 @pytest.mark.parametrize("architecture", ["batchtopk", "relu"])
 def test_the_other_architectures_learn_too(store: ActivationStore, tmp_path: Path, architecture: str) -> None:
     config = replace(SMALL, architecture=architecture, options={"l1": 0.3} if architecture == "relu" else {})

@@ -29,18 +29,24 @@ Read = Callable[[list[Piece]], Mapping[str, Tensor]]
 class NormLimit:
     """The medians, and for every batch in order how many rows it gives and what it skips."""
 
-    def __init__(self, folder: Path, times: float, finished: int) -> None:
-        """`finished` rows lie in finished shards; lines about batches beyond them are written again."""
+    def __init__(
+        self, folder: Path, times: float, finished: int, earlier: dict[str, Any] | None = None
+    ) -> None:
+        """`finished` rows lie in finished shards; lines about batches beyond them are written again.
+        `earlier` are the facts of a capture that this one goes on from: its medians hold.
+        """
         self.path = folder / SKIPPED
         self.times = times
         self.medians: dict[str, float] = {}
         self.measured = 0
         """Tokens that the medians were measured on."""
-        self.skipped = 0
+        self.skipped: int = earlier["skipped"] if earlier else 0
         """Tokens skipped so far."""
         self._of: Counter[int] = Counter()
         self._known = self._read(finished)
         self._batch = 0
+        if earlier and not self.medians:
+            self._begin(earlier["medians"], earlier["measured_on_tokens"])
 
     def measure(self, batches: list[list[Piece]], read: Read) -> None:
         """Measure the medians on these batches, unless that has been done."""
@@ -50,8 +56,11 @@ class NormLimit:
         for batch in batches:
             for site, rows in read(batch).items():
                 norms.setdefault(site, []).append(_norms(rows).cpu())
-        self.medians = {site: float(np.median(torch.cat(n).numpy())) for site, n in norms.items()}
-        self.measured = sum(piece.rows for batch in batches for piece in batch)
+        medians = {site: float(np.median(torch.cat(n).numpy())) for site, n in norms.items()}
+        self._begin(medians, sum(piece.rows for batch in batches for piece in batch))
+
+    def _begin(self, medians: dict[str, float], measured: int) -> None:
+        self.medians, self.measured = medians, measured
         write_text(self.path, _line({"medians": self.medians, "measured": self.measured}))
 
     def rows(self) -> int | None:

@@ -19,7 +19,9 @@ from unbraid.activations.strata import draw
 from unbraid.activations.text import Document, Positions, TokenisedDocument, windows
 
 # Windows are sorted by length within this many batches' worth of tokens: little padding, bounded memory.
-LOOK_AHEAD = 16
+LOOK_AHEAD = 32
+# A batch that is this full ends rather than take a window that would make more than this of it padding.
+FULL_ENOUGH, MOST_PADDING = 1 / 8, 1 / 16
 # A stretch ends after so many documents even if nothing in them is captured.
 MOST_DOCUMENTS = 16384
 
@@ -68,9 +70,16 @@ class Plan:
     planned: int = 0
     """Tokens to capture so far; never more than `tokens`, to the token, counted in the corpus' order."""
     read: int = 0
-    """Documents read so far."""
+    """Documents read so far, those that an earlier capture had read among them."""
+    before: str = ""
+    """Digest of what an earlier capture had tokenised, if this one goes on from it."""
+    begun: dict[str, Any] | None = None
+    """The earlier record of the first document, of which the rest is wanted."""
     _corpus: Any = field(default_factory=hashlib.sha256)
     _digest: Any = field(default_factory=hashlib.sha256)
+
+    def __post_init__(self) -> None:
+        self._digest.update(self.before.encode())
 
     @property
     def corpus(self) -> str:
@@ -104,11 +113,26 @@ class Plan:
         if records or waiting:
             yield Group(batched(waiting, self.batch_tokens), records, self.digest)
 
+    def count(self, id: str) -> None:
+        """Count a document as read."""
+        self._corpus.update(f"{json.dumps(id)}\n".encode())
+        self.read += 1
+
+    def measure(self, document: Document) -> tuple[int, int]:
+        """A document's tokens, and how many of them are wanted without a budget."""
+        cut = windows(self.tokenizer, document, self.context)
+        return _length(cut), sum(int(keep.sum()) for keep in self._wanted(document, cut))
+
     def _pieces(self, document: Document) -> tuple[list[Piece], dict[str, Any]]:
         cut = windows(self.tokenizer, document, self.context)
         pieces: list[Piece] = []
-        captured = 0
+        record = {**(self.begun or {"id": document.id, "captured": 0}), "tokens": _length(cut)}
+        taken = record["captured"] + record.get("skipped", 0)
+        self.begun = None
         for window, keep in zip(cut, self._wanted(document, cut), strict=True):
+            wanted = int(keep.sum())
+            keep &= np.cumsum(keep) > taken
+            taken = max(taken - wanted, 0)
             if self.tokens is not None:
                 # The budget ends inside a document, not at its end: the rest of it is not captured.
                 keep &= np.cumsum(keep) <= self.tokens - self.planned
@@ -118,12 +142,10 @@ class Plan:
             piece = Piece(window, self.read, keep)
             if piece.rows:
                 pieces.append(piece)
-                captured += piece.rows
+                record["captured"] += piece.rows
                 self.planned += piece.rows
-        self._corpus.update(f"{json.dumps(document.id)}\n".encode())
-        self.read += 1
-        length = cut[-1].positions[-1] + 1 if cut else 0
-        return pieces, {"id": document.id, "tokens": length, "captured": captured}
+        self.count(document.id)
+        return pieces, record
 
     def _wanted(self, document: Document, cut: list[TokenisedDocument]) -> list[NDArray[np.bool_]]:
         """Masks (T,) of each window's tokens at the wanted positions, at most `per_document` in all.
@@ -142,13 +164,24 @@ class Plan:
         return np.split(sampled, np.cumsum([len(keep) for keep in wanted])[:-1])
 
 
+def _length(cut: list[TokenisedDocument]) -> int:
+    """Tokens of a whole document, of its windows."""
+    return cut[-1].positions[-1] + 1 if cut else 0
+
+
 def batched(pieces: list[Piece], batch_tokens: int) -> list[list[Piece]]:
     """Batches of like length, shortest first; each padded batch has at most `batch_tokens`, or one window."""
     batches: list[list[Piece]] = []
+    tokens = 0  # in the last batch, without padding
     for piece in sorted(pieces, key=lambda p: len(p.window.input_ids)):
         # Sorted by length, so the newcomer is the longest and sets the padded width.
-        if batches and (len(batches[-1]) + 1) * len(piece.window.input_ids) <= batch_tokens:
+        length = len(piece.window.input_ids)
+        padded = length * (len(batches[-1]) + 1) if batches else 0
+        loose = tokens >= FULL_ENOUGH * batch_tokens and tokens + length < (1 - MOST_PADDING) * padded
+        if batches and padded <= batch_tokens and not loose:
             batches[-1].append(piece)
+            tokens += length
         else:
             batches.append([piece])
+            tokens = length
     return batches

@@ -1,29 +1,40 @@
-"""Writing shards so that a killed run goes on after the last finished one."""
+"""Writing shards so that a killed run goes on after the last finished one.
+
+A shard is a safetensors file: the activations of each site, (n, d), as float32, float16, or int8 with one
+float32 scale a row, and the columns, (n,) int32. While rows are collected for one, a thread hashes the one
+before, writes it and waits for the disk.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 import os
-from dataclasses import dataclass
+import shutil
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from unbraid.activations.rows import Rows, Stored
+from unbraid.activations.shardfile import write_tensors
 from unbraid.manifest.errors import IntegrityError, UserError
-from unbraid.manifest.files import write_json, writing
-from unbraid.manifest.identity import sha256_file
+from unbraid.manifest.files import becoming, settle, temporary_beside, write_json, writing
+from unbraid.manifest.identity import blake3_file
+from unbraid.manifest.record import FileEntry
 
 SETTINGS = "settings.json"
 FINISHED = "shards.jsonl"
 DOCUMENTS = "documents.jsonl"
 COLUMNS = ("tokens", "documents", "positions")
 
-
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "I32": torch.int32}
+SCALE = ".scale"
+"""What is added to a site's name for the scales of its rows, (n,) float32."""
+PIECE = 512
+"""Rows rounded to int8 at a time: they stay in a processor's cache."""
 
 
 def shard_name(index: int) -> str:
@@ -31,65 +42,118 @@ def shard_name(index: int) -> str:
     return f"shard-{index:05d}.safetensors"
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor is in a shard's file."""
-
-    offset: int
-    """Byte at which it begins."""
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def pitch(self) -> int:
-        """Bytes from one row to the next."""
-        return math.prod(self.shape[1:]) * self.dtype.itemsize
+def row_bytes(widths: Mapping[str, int], dtype: str) -> int:
+    """Bytes of a row in a shard, all sites and columns together."""
+    scales = len(widths) * torch.float32.itemsize if dtype == "int8" else 0
+    values = sum(widths.values()) * getattr(torch, dtype).itemsize
+    return values + scales + len(COLUMNS) * torch.int32.itemsize
 
 
-def places(path: Path) -> dict[str, Place]:
-    """Where the tensors of a shard are, by the header of the safetensors format: eight bytes with its length,
-    then JSON. Raises ValueError where that is not what the file holds.
-    """
-    found: dict[str, Place] = {}
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        size = path.stat().st_size - 8 - length
-        if size < 0:
-            raise ValueError("its header is longer than the file")
+class _Shard:
+    """Rows on their way to a file."""
+
+    def __init__(self, capacity: int, widths: dict[str, int], stored: Stored) -> None:
+        self.capacity, self.rounded = capacity, stored == "int8"
+        self._sites = {site: Rows.empty(capacity, width, stored) for site, width in widths.items()}
+        self._columns = {name: torch.empty(capacity, dtype=torch.int32) for name in COLUMNS}
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.filled = 0
+        # By site sums of squares: of what rounding changed, and of the activations, whose sums come third.
+        self._lost = dict.fromkeys(self._sites, 0.0)
+        self._squares = dict.fromkeys(self._sites, 0.0)
+        self._sums = {
+            site: torch.zeros(rows.values.shape[1], dtype=torch.float64) for site, rows in self._sites.items()
+        }
+
+    def take(self, values: dict[str, Tensor], columns: dict[str, Tensor], start: int) -> int:
+        """Copy as many rows as there is room for, from row `start` on; returns how many."""
+        n = min(self.capacity - self.filled, len(columns["tokens"]) - start)
+        for name, column in self._columns.items():
+            column[self.filled : self.filled + n] = columns[name][start : start + n]
+        for site, rows in self._sites.items():
+            x = values[site][start : start + n]
+            if not self.rounded:
+                rows.put(self.filled, x)
+                continue
+            for begin in range(0, n, PIECE):
+                piece = x[begin : begin + PIECE].float()
+                self._lost[site] += rows.put(self.filled + begin, piece)
+                self._count(site, piece)
+        self.filled += n
+        return n
+
+    def restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Begin with the rows of a shorter shard that was written, whose record this is."""
+        self.filled = record["rows"]
+        for name, buffer in self._all().items():
+            buffer[: self.filled] = tensors[name]
+        for site, (lost, _) in (record["error"] or {}).items():
+            self._lost[site] = lost
+            for places in torch.arange(self.filled).split(PIECE):
+                self._count(site, self._sites[site].take(places))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What was taken, by name."""
+        return {name: buffer[: self.filled] for name, buffer in self._all().items()}
+
+    def error(self) -> dict[str, tuple[float, float]] | None:
+        """By site the sums of squares of what rounding changed, and of the distances from the mean."""
+        if not self.rounded:
+            return None
+        of_mean = {site: float(sums.square().sum()) / self.filled for site, sums in self._sums.items()}
+        return {site: (lost, self._squares[site] - of_mean[site]) for site, lost in self._lost.items()}
+
+    def _all(self) -> dict[str, Tensor]:
+        scales = {site + SCALE: rows.scale for site, rows in self._sites.items() if rows.scale is not None}
+        return {site: rows.values for site, rows in self._sites.items()} | scales | self._columns
+
+    def _count(self, site: str, x: Tensor) -> None:
+        self._squares[site] += float(x.norm()) ** 2
+        self._sums[site] += x.sum(dim=0).double()
+
+
+def read_finished(folder: Path) -> list[dict[str, Any]]:
+    """The records of a folder's finished shards; half a line is one being written, or torn by a kill."""
+    path = folder / FINISHED
+    records: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
+        if not line.endswith("\n"):
+            break
         try:
-            header = cast("dict[str, Any]", json.loads(file.read(length)))
-            for name, entry in header.items():
-                if name != "__metadata__":
-                    begin, end = entry["data_offsets"]
-                    found[name] = place = Place(
-                        8 + length + begin, _DTYPES[entry["dtype"]], tuple(entry["shape"])
-                    )
-                    if not 0 <= begin <= end <= size or place.shape[0] * place.pitch != end - begin:
-                        raise ValueError("its header names more than the file holds")
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError("its header is no safetensors header") from error
-    return found
+            records.append(cast("dict[str, Any]", json.loads(line)))
+        except ValueError as error:
+            raise IntegrityError(f"{path} is damaged; delete {folder} and capture again") from error
+    return records
 
 
 class ShardWriter:
-    """Collects rows and writes a shard whenever it is full; memory is one shard.
+    """Collects rows and writes a shard whenever it is full; memory is two shards.
 
     `finished` rows lie on disk already when a partial folder is continued: the caller passes the rows from
-    there on, and calls `confirm` as it passes each finished shard's end.
+    there on, and calls `skip` for those that finished shards hold. With `after`, the folder of another
+    finished capture with shards of this size, its rows are the first; the caller calls `begin`.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], *, widths: dict[str, int]) -> None:
+    def __init__(
+        self, folder: Path, settings: dict[str, Any], *, widths: dict[str, int], after: Path | None = None
+    ) -> None:
         self.folder = folder
         self.capacity = int(settings["shard_tokens"])
         self.rows = 0
         """Rows that the caller has passed or skipped so far."""
+        self._after = after
+        self._before = [] if after is None else read_finished(after)
         self._open(settings)
-        dtype = getattr(torch, settings["dtype"])
-        self._buffers = {
-            site: torch.empty((self.capacity, width), dtype=dtype) for site, width in widths.items()
-        }
-        self._columns = {name: torch.empty(self.capacity, dtype=torch.int32) for name in COLUMNS}
-        self._filled = 0
+        self._shards = [_Shard(self.capacity, widths, settings["dtype"]) for _ in range(2)]
+        """The one that is being filled, and the one that is being written."""
+        self._threads = [ThreadPoolExecutor(1, f"unbraid-shards-{name}") for name in ("write", "settle")]
+        """One writes a shard while the other waits until the one before is on the disk."""
+        self._written: Future[None] | None = None
+        self._settled: Future[None] | None = None
+        self._next = len(self.records)
         self._digest = ""
         # Rewritten from the start by every run: its lines follow from the documents alone.
         self._documents = (folder / DOCUMENTS).open("w", encoding="utf-8", newline="\n")
@@ -99,7 +163,48 @@ class ShardWriter:
         """Rows in finished shards."""
         return sum(record["rows"] for record in self.records)
 
-    def add_documents(self, records: list[dict[str, Any]]) -> None:
+    @property
+    def before(self) -> int:
+        """Rows of the capture that comes first."""
+        return sum(record["rows"] for record in self._before)
+
+    @property
+    def begun(self) -> bool:
+        """Whether there are finished shards but those of the capture that comes first."""
+        return len(self.records) > len(self._full)
+
+    def begin(self) -> None:
+        """Put the rows of the capture that comes first where they belong: its full shards become links, or
+        copies where the system cannot link, and what a last shorter one holds goes into the next shard.
+        Raises IntegrityError naming a shard that is damaged.
+        """
+        self.rows = self.before
+        if self._after is None or self.begun:
+            return
+        advice = f"restore it, or choose another --append than {self._after}"
+        for record in self._before:
+            source = self._after / record["file"]
+            _verify(source, record, advice)
+            if record["rows"] == self.capacity:
+                _link(source, self.folder / record["file"])
+                self.records.append(record)
+            else:
+                self._shards[0].restore(load_file(source), record)
+        self._next = len(self.records)
+        self._list()
+
+    @property
+    def written(self) -> int:
+        """Rows in shards that are finished or on their way to the disk, and are no links."""
+        records = self.records[:]  # the threads add to it
+        under_way = (self._next - len(records)) * self.capacity
+        return sum(record["rows"] for record in records[len(self._full) :]) + under_way
+
+    @property
+    def _full(self) -> list[dict[str, Any]]:
+        return [record for record in self._before if record["rows"] == self.capacity]
+
+    def add_documents(self, records: Iterable[dict[str, Any]]) -> None:
         """Append a line for each document."""
         for record in records:
             self._documents.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -112,43 +217,65 @@ class ShardWriter:
         self.rows += rows
 
     def add(self, values: dict[str, Tensor], columns: dict[str, Tensor], digest: str) -> None:
-        """Append n rows: `values` (n, d) by site name, `columns` (n,) by name; digest as in the plan."""
+        """Append n rows: `values` (n, d) by site name, floats that the stored type can hold; `columns` (n,)
+        by name; digest as in the plan."""
         n = len(columns["tokens"])
         if self.records and self.records[-1]["rows"] < self.capacity:
             raise self._other("corpus")  # the old run had come to the corpus' end before these rows
         self._digest = digest
         done = 0
         while done < n:
-            take = min(n - done, self.capacity - self._filled)
-            for source, target in ((values, self._buffers), (columns, self._columns)):
-                for name, buffer in target.items():
-                    buffer[self._filled : self._filled + take] = source[name][done : done + take]
-            self._filled += take
-            done += take
-            self.rows += take
-            if self._filled == self.capacity:
+            shard = self._shards[0]
+            took = shard.take(values, columns, done)
+            done += took
+            self.rows += took
+            if shard.filled == self.capacity:
                 self._commit(digest)
 
     def close(self) -> None:
         """Write the last, shorter shard; raises UserError when the run continued here had more rows."""
         if self.rows < self.finished:
             raise self._other("corpus")
-        if self._filled:
+        if self._shards[0].filled:
             self._commit(self._digest)
-        self._documents.close()
+        self._wait()
+        if self._settled is not None:
+            self._settled.result()
+        self._stop()
+
+    def files(self) -> dict[str, FileEntry]:
+        """The finished shards as a manifest lists them."""
+        return {
+            record["file"]: FileEntry(record["bytes"], blake3=record["blake3"]) for record in self.records
+        }
+
+    def error(self) -> dict[str, float] | None:
+        """By site the share of the activations' variance that rounding to int8 took; None where it did not.
+
+        The variance is about each shard's own mean, which makes the share no smaller than it is.
+        """
+        sums = [record["error"] for record in self.records if record["error"]]
+        if not sums:
+            return None
+        totals = {
+            site: [sum(part) for part in zip(*(one[site] for one in sums), strict=True)] for site in sums[0]
+        }
+        return {site: error / variance if variance else 0.0 for site, (error, variance) in totals.items()}
 
     def abandon(self, *, clear: bool) -> None:
         """After an error: keep what is finished; where nothing is and `clear`, remove this writer's files."""
-        self._documents.close()
-        if clear and not self.records:
-            for name in (DOCUMENTS, FINISHED, SETTINGS):
+        self._stop()  # what was handed over gets finished
+        if clear and not self.begun:
+            for name in (DOCUMENTS, FINISHED, SETTINGS, *(record["file"] for record in self.records)):
                 (self.folder / name).unlink(missing_ok=True)
 
     # --- on disk ---
 
     def _open(self, settings: dict[str, Any]) -> None:
         path = self.folder / SETTINGS
-        self.records: list[dict[str, Any]] = self._read_finished()
+        self.records = read_finished(self.folder)
+        if not self.begun:
+            self.records = []  # links are made again
         if path.exists() and self.records:
             try:
                 old = json.loads(path.read_bytes())
@@ -162,56 +289,59 @@ class ShardWriter:
         else:
             write_json(path, settings)
         for record in self.records:
-            self._verify(record)
+            _verify(self.folder / record["file"], record, f"delete {self.folder} and capture again")
         for stray in set(self.folder.glob("shard-*")) - {self.folder / r["file"] for r in self.records}:
             stray.unlink()  # finished just before a kill, but not recorded: written again
+        self._list()
+
+    def _list(self) -> None:
         # Ending with whole lines: a record torn by a kill is written again.
         lines = "".join(_line(record) for record in self.records)
         with writing(self.folder / FINISHED) as temporary:
             temporary.write_text(lines, encoding="utf-8", newline="\n")
 
-    def _read_finished(self) -> list[dict[str, Any]]:
-        path = self.folder / FINISHED
-        records: list[dict[str, Any]] = []
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
-            if not line.endswith("\n"):
-                break
-            try:
-                records.append(cast("dict[str, Any]", json.loads(line)))
-            except ValueError as error:
-                raise IntegrityError(f"{path} is damaged; delete {self.folder} and capture again") from error
-        return records
-
-    def _verify(self, record: dict[str, Any]) -> None:
-        # The manifest will vouch for these bytes, so they must be what was computed.
-        path = self.folder / record["file"]
-        if (
-            not path.exists()
-            or path.stat().st_size != record["bytes"]
-            or sha256_file(path) != record["sha256"]
-        ):
-            raise IntegrityError(
-                f"{path} is missing or not what was written there; delete {self.folder} and capture again"
-            )
-
     def _commit(self, digest: str) -> None:
-        path = self.folder / shard_name(len(self.records))
-        tensors = {**self._buffers, **self._columns}
-        with writing(path) as temporary:
-            save_file({name: tensor[: self._filled] for name, tensor in tensors.items()}, temporary)
+        """Hand the full shard to the thread that writes, once it is done with the one before."""
+        self._wait()
+        path = self.folder / shard_name(self._next)
+        self._next += 1
+        self._written = self._threads[0].submit(self._write, path, self._shards[0], digest)
+        self._shards.reverse()
+        self._shards[0].clear()
+
+    def _wait(self) -> None:
+        if self._written is not None:
+            self._written.result()
+
+    def _stop(self) -> None:
+        for thread in self._threads:
+            thread.shutdown()
+        self._documents.close()
+
+    def _write(self, path: Path, shard: _Shard, digest: str) -> None:
+        temporary = temporary_beside(path)
+        with becoming(temporary, path):
+            size, hashed = write_tensors(temporary, shard.tensors())
+            if self._settled is not None:
+                self._settled.result()
         record = {
             "file": path.name,
-            "rows": self._filled,
-            "bytes": path.stat().st_size,
-            "sha256": sha256_file(path),
+            "rows": shard.filled,
+            "bytes": size,
+            "blake3": hashed,
             "corpus": digest,
+            "error": shard.error(),
         }
+        self._settled = self._threads[1].submit(self._settle, temporary, path, record)
+
+    def _settle(self, temporary: Path, path: Path, record: dict[str, Any]) -> None:
+        with becoming(temporary, path):
+            settle(temporary, path)
         with (self.folder / FINISHED).open("a", encoding="utf-8", newline="\n") as file:
             file.write(_line(record))
             file.flush()
             os.fsync(file.fileno())
         self.records.append(record)
-        self._filled = 0
 
     def _ends(self) -> list[int]:
         ends: list[int] = []
@@ -224,6 +354,20 @@ class ShardWriter:
             f"{self.folder} was begun with other settings ({what}); run with those again to go on, delete it,"
             " or choose another --out"
         )
+
+
+def _verify(path: Path, record: dict[str, Any], advice: str) -> None:
+    # The manifest will vouch for these bytes, so they must be what was computed.
+    if not path.exists() or path.stat().st_size != record["bytes"] or blake3_file(path) != record["blake3"]:
+        raise IntegrityError(f"{path} is missing or not what was written there; {advice}")
+
+
+def _link(source: Path, path: Path) -> None:
+    try:
+        os.link(source, path)
+    except OSError:  # another file system, or one without links
+        with writing(path) as temporary:
+            shutil.copyfile(source, temporary)
 
 
 def _line(record: dict[str, Any]) -> str:

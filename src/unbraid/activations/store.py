@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from unbraid.activations.shards import COLUMNS, DOCUMENTS, Place, places, shard_name
+from unbraid.activations.rows import Rows
+from unbraid.activations.shardfile import Place, memory, places
+from unbraid.activations.shards import COLUMNS, DOCUMENTS, SCALE, shard_name
 from unbraid.manifest.errors import IntegrityError, UserError
 from unbraid.manifest.record import Manifest, check_files, read_manifest
 from unbraid.model.sites import Site
@@ -25,7 +28,7 @@ class Columns:
     """Where each row of a shard comes from; all (n,) int32."""
 
     tokens: Tensor
-    """Token ids."""
+    """Token ids; -1 where an import does not know them."""
     documents: Tensor
     """Index of the document: its line in documents.jsonl, from 0."""
     positions: Tensor
@@ -35,13 +38,14 @@ class Columns:
 class ActivationStore:
     """A finished capture. Shards are read piece by piece, never all at once."""
 
-    def __init__(self, folder: Path | str, *, check: bool = False) -> None:
+    def __init__(self, folder: Path | str, *, check: bool = False, manifest: Manifest | None = None) -> None:
         """Open a folder; sizes of all files are compared with the manifest, and with `check` their hashes.
+        `manifest` stands in for the folder's own where that is not written yet.
 
         Raises UserError when it holds no activations, IntegrityError naming the file that does not match.
         """
         self.folder = Path(folder)
-        self.manifest: Manifest = read_manifest(self.folder, kind=KIND)
+        self.manifest: Manifest = manifest or read_manifest(self.folder, kind=KIND)
         for name, entry in self.manifest.files.items():
             path = self.folder / name
             if not path.is_file():
@@ -68,6 +72,9 @@ class ActivationStore:
             if shard.name not in self.manifest.files:
                 raise IntegrityError(f"{shard} is not listed in the manifest; capture again")
 
+    def __str__(self) -> str:
+        return str(self.folder)
+
     @property
     def id(self) -> str:
         """The artifact's content id."""
@@ -75,32 +82,37 @@ class ActivationStore:
 
     @property
     def model_name(self) -> str:
-        """Name of the model that was read."""
+        """Name of the model that was read; empty when unknown."""
         return self.manifest.facts["model"]
 
     @property
     def model_id(self) -> str:
-        """Content id of that model's weights."""
-        return self.manifest.inputs["model"]
+        """Content id of that model's weights; empty when unknown, as after an import."""
+        return self.manifest.inputs.get("model", "")
 
     @property
     def tokenizer_id(self) -> str:
-        """Content id of its tokenizer."""
-        return self.manifest.inputs["tokenizer"]
+        """Content id of its tokenizer; empty when unknown."""
+        return self.manifest.inputs.get("tokenizer", "")
+
+    @property
+    def unknown(self) -> frozenset[str]:
+        """What nobody said about an import: model, tokenizer, tokens, documents. Empty for a capture."""
+        return frozenset(self.manifest.facts.get("origin", {}).get("unknown", ()))
 
     @property
     def context(self) -> int:
-        """Tokens the model read at once."""
+        """Tokens the model read at once; 0 when unknown."""
         return self.manifest.facts["context"]
 
     @property
     def positions(self) -> str:
-        """Which tokens were kept: all, reply or focus."""
+        """Which tokens were kept: all, reply, focus, mask or last."""
         return self.manifest.facts["positions"]
 
     @property
     def dtype(self) -> str:
-        """How values are stored: float16 or float32."""
+        """How values are stored: float16, float32 or int8."""
         return self.manifest.facts["dtype"]
 
     def site(self, site: Site | str) -> Site:
@@ -121,18 +133,42 @@ class ActivationStore:
         return min(self.shard_tokens, self.n_tokens - shard * self.shard_tokens)
 
     def read(self, site: Site | str, shard: int, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows [start, stop) of a site in a shard: (n, d_in) in the stored type."""
+        """Rows [start, stop) of a site in a shard: (n, d_in) in the stored type, float32 where int8."""
         first, stop = shard * self.shard_tokens + start, self.rows(shard) if stop is None else stop
-        out = torch.empty((stop - start, self.d_in(site)), dtype=getattr(torch, self.dtype))
-        self.gather(site, [(first, stop - start)], out)
-        return out
+        rows = self.memory(site, stop - start)
+        self.gather(site, [(first, stop - start)], rows)
+        return rows.take()
 
-    def gather(self, site: Site | str, runs: Iterable[tuple[int, int]], out: Tensor) -> None:
-        """Fill out (n, d_in), of the stored type, with runs of rows one after another.
+    def memory(self, site: Site | str, n: int) -> Rows:
+        """Room for n rows of a site."""
+        return Rows.empty(n, self.d_in(site), self.dtype)
+
+    def gather(self, site: Site | str, runs: Sequence[tuple[int, int]], rows: Rows) -> None:
+        """Fill the first of `rows` with runs of a site's rows one after another.
 
         A run is its first row, counted through all shards, and how many; none crosses the end of a shard.
         """
-        self._fill(str(self.site(site)), runs, out)
+        name, n = str(self.site(site)), sum(length for _, length in runs)
+        self._fill(name, runs, rows.values[:n])
+        if rows.scale is not None:
+            self._fill(name + SCALE, runs, rows.scale[:n])
+
+    def expect(self, site: Site | str, runs: Sequence[tuple[int, int]]) -> None:
+        """Tell the system, where it can be told, that these runs of a site's rows will be read soon."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        name = str(self.site(site))
+        for shard, mine in groupby(runs, lambda run: run[0] // self.shard_tokens):
+            place = self._places.get(shard, {}).get(name)
+            if place is None:  # not read yet, and what is wrong with it is said then
+                continue
+            try:
+                with self.shards[shard].open("rb", buffering=0) as file:
+                    for first, rows in mine:
+                        at = place.offset + (first - shard * self.shard_tokens) * place.pitch
+                        os.posix_fadvise(file.fileno(), at, rows * place.pitch, os.POSIX_FADV_WILLNEED)
+            except OSError:
+                continue
 
     def columns(self, shard: int) -> Columns:
         """Where a shard's rows come from."""
@@ -151,7 +187,7 @@ class ActivationStore:
     def _fill(self, name: str, runs: Iterable[tuple[int, int]], out: Tensor) -> None:
         # Plain reads into memory that is there already: a mapped shard's pages would count as this process's
         # memory, as many as have ever been touched.
-        memory, filled = memoryview(cast(Any, out.view(-1).view(torch.uint8).numpy())), 0
+        place_in, filled = memory(out), 0
         for shard, mine in groupby(runs, lambda run: run[0] // self.shard_tokens):
             path = self.shards[shard]
             place = self._place(shard, name, out)
@@ -160,7 +196,7 @@ class ActivationStore:
                     for first, rows in mine:
                         file.seek(place.offset + (first - shard * self.shard_tokens) * place.pitch)
                         end = filled + rows * place.pitch
-                        while filled < end and (read := file.readinto(memory[filled:end])):
+                        while filled < end and (read := file.readinto(place_in[filled:end])):
                             filled += read
                         if filled < end:
                             raise OSError("it ends early")

@@ -7,7 +7,7 @@ therefore gathered from many short runs all over the store, and its rows are dea
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar, cast
@@ -61,26 +61,30 @@ def batches(
     shuffle = Shuffle.of(store, seed, buffer_shards)
 
     # Filled anew for each group: fresh memory's pages cost as much as reading into them.
-    buffer = torch.empty((shuffle.most, store.d_in(found)), dtype=getattr(torch, store.dtype))
-    row = start * batch_size
-    parts: list[Tensor] = []
-    ready = 0
+    buffer = store.memory(found, shuffle.most)
+    row, ready = start * batch_size, 0
+    batch = torch.empty((batch_size, store.d_in(found)))
     while row < total:
         group, offset = shuffle.find(row)
         order = torch.from_numpy(shuffle.order(group))
-        store.gather(found, shuffle.runs(group), buffer[: len(order)])
+        store.gather(found, shuffle.runs(group), buffer)
+        if row - offset + len(order) < total:  # while these are dealt out, the system may fetch the next
+            store.expect(found, shuffle.runs(shuffle.find(row - offset + len(order))[0]))
         while offset < len(order) and row < total:
             take = min(batch_size - ready, len(order) - offset, total - row)
-            parts.append(buffer.index_select(0, order[offset : offset + take]))
+            batch[ready : ready + take] = buffer.take(order[offset : offset + take])
             ready, offset, row = ready + take, offset + take, row + take
             if ready == batch_size or row == total:
-                yield torch.cat(parts).to(device=device, dtype=torch.float32)
-                parts, ready = [], 0
+                yield batch[:ready].to(device)
+                batch, ready = torch.empty_like(batch), 0
 
 
-def ahead(items: Iterator[T], depth: int = 4) -> Iterator[T]:
+def ahead(
+    items: Iterator[T], depth: int = 4, *, cancel: Callable[[], None] | None = None
+) -> Generator[T, None, None]:
     """The same items, made by a thread of their own while those before them are used, at most `depth` of them
-    in advance. What making one raises is raised where it would have come.
+    in advance. What making one raises is raised where it would have come. `cancel` is called when no more are
+    wanted, to end a wait for one.
     """
     threads, end = torch.get_num_threads(), object()
     pool = ThreadPoolExecutor(1, "unbraid-data", torch.set_num_threads, (1,))
@@ -92,6 +96,8 @@ def ahead(items: Iterator[T], depth: int = 4) -> Iterator[T]:
             ready.extend(pool.submit(next, items, end) for _ in range(depth - len(ready)))
             yield cast(T, found)
     finally:
+        if cancel is not None:
+            cancel()
         pool.shutdown(cancel_futures=True)
 
 
@@ -99,8 +105,14 @@ def check_aligned(one: ActivationStore, other: ActivationStore) -> None:
     """Make sure that rows of the same number are of the same token, so that `batches` with one seed deals
     them out together.
 
-    Raises UserError that says where two captures differ.
+    Raises UserError that says where two captures differ, and when an import does not know its tokens.
     """
+    for store in (one, other):
+        if "tokens" in store.unknown:
+            raise UserError(
+                f"{store.folder} does not say which tokens its rows are of; import it again with --tokens,"
+                " or all sites into one folder"
+            )
     for name in ("n_tokens", "shard_tokens"):
         if getattr(one, name) != getattr(other, name):
             raise UserError(
@@ -145,13 +157,18 @@ class Shuffle:
     @classmethod
     def of(cls, store: ActivationStore, seed: int, buffer_shards: int) -> Shuffle:
         """The shuffle of a store."""
-        whole = np.arange(0, store.n_tokens, store.shard_tokens, dtype=np.int64)
-        within = np.arange(0, store.shard_tokens, RUN_ROWS, dtype=np.int64)
+        return cls.over(store.n_tokens, store.shard_tokens, seed, buffer_shards)
+
+    @classmethod
+    def over(cls, rows: int, shard_tokens: int, seed: int, buffer_shards: int) -> Shuffle:
+        """The shuffle of so many rows in shards of that size."""
+        whole = np.arange(0, rows, shard_tokens, dtype=np.int64)
+        within = np.arange(0, shard_tokens, RUN_ROWS, dtype=np.int64)
         starts = (whole[:, None] + within[None, :]).reshape(-1)
-        starts = starts[starts < store.n_tokens]
+        starts = starts[starts < rows]
         # Within a shard a run ends where the next one starts, which is also where the next shard starts.
-        lengths = np.diff(np.append(starts, store.n_tokens))
-        return cls(starts, lengths, store.n_tokens, seed, buffer_shards * len(within))
+        lengths = np.diff(np.append(starts, rows))
+        return cls(starts, lengths, rows, seed, buffer_shards * len(within))
 
     @property
     def most(self) -> int:

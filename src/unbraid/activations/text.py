@@ -93,10 +93,16 @@ class Rendered(NamedTuple):
 
 
 def require_tokenizer(lm: LanguageModel, wanted: str, what: Path) -> None:
-    """Raise UserError when `what` was made with another tokenizer, or chat template, than the model's.
+    """Raise UserError when `what` was made with another tokenizer, or chat template, than the model's, or
+    does not say with which (`wanted` is empty).
 
     The same weights read other tokens then, and everything that was measured on them would be off unnoticed.
     """
+    if not wanted:
+        raise UserError(
+            f"{what} does not say of which model and tokenizer it is; import it again with --model, which "
+            "records them"
+        )
     if wanted != lm.tokenizer_id:
         raise UserError(
             f"{what} was made with tokenizer {wanted[:12]}… but model {lm.name} has {lm.tokenizer_id[:12]}…"

@@ -34,7 +34,8 @@ VERBS: dict[str, Verb] = {
         "unbraid.cli.demo", "the whole story on one model: find the feature, prove it, guard against it"
     ),
     "capture": Verb("unbraid.cli.capture", "read a model's activations on a corpus into shards on disk"),
-    "train": Verb("unbraid.cli.train", "train a sparse autoencoder on captured activations"),
+    "import": Verb("unbraid.cli.importing", "bring activations that another tool wrote into shards on disk"),
+    "train": Verb("unbraid.cli.train", "train a sparse autoencoder on activations"),
     "finetune": Verb("unbraid.cli.finetune", "train an autoencoder further on what it does to the model"),
     "sweep": Verb("unbraid.cli.sweep", "train many autoencoders at once and compare them on held-out text"),
     "evaluate": Verb("unbraid.cli.evaluate", "measure an autoencoder: reconstruction, sparsity, behaviour"),

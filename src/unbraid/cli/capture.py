@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
-from unbraid.activations.capture import CaptureConfig, CaptureOptions, capture
+from unbraid.activations.capture import CaptureConfig, CaptureOptions, capture, space_of
 from unbraid.activations.documents import read_documents
 from unbraid.activations.scrub import Scrubber
 from unbraid.activations.store import ActivationStore
@@ -33,6 +35,9 @@ class Options:
     Face dataset as hf:owner/name[:split]; #field after it names another field of text or messages."""
     out: Path | None = None
     """Folder to make; a capture that was killed goes on where it stopped."""
+    append: Path | None = None
+    """Folder of a finished capture whose tokens --out begins with, as links: what it has read of --text is
+    passed over. It stays as it is; --site is taken from it, and other options must be those of then."""
     list_sites: str = ""
     """Model folder or Hub name whose sites to print instead, with layers and width."""
     config: Annotated[CaptureOptions, tyro.conf.arg(name="")] = field(default_factory=CaptureOptions)
@@ -41,6 +46,8 @@ class Options:
     """Seed of what --per-document and --per-stratum draw."""
     device: str = "cpu"
     """Where the model runs: cpu, cuda, …"""
+    model_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the model computes in; bfloat16 is fast where the processor or GPU has units for it, else slow."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -50,26 +57,31 @@ def run(options: Options) -> None:
     if options.list_sites:
         _list_sites(options)
         return
-    if not options.model or not options.site or options.text is None or options.out is None:
+    sites: Sequence[Site | str] = options.site
+    if options.append is not None and not sites:
+        sites = ActivationStore(options.append).sites
+    if not options.model or not sites or options.text is None or options.out is None:
         given = (
             ("model", options.model),
-            ("site", options.site),
+            ("site", sites),
             ("text", options.text),
             ("out", options.out),
         )
         missing = ", ".join(f"--{name}" for name, value in given if not value)
         raise UserError(f"{missing} must be given, or --list-sites MODEL alone")
-    config = CaptureConfig(**asdict(options.config), sites=tuple(Site.parse(name) for name in options.site))
+    config = CaptureConfig(**asdict(options.config), sites=tuple(map(Site.parse, sites)))
     next(read_documents(options.text))  # a wrong file is told before a large model is loaded
     if config.scrub:
         Scrubber(config.scrub_model)  # as is what it lacks
-    lm = open_model(options.model, device=options.device)
+    lm = open_model(options.model, device=options.device, dtype=options.model_dtype)
+    print(f"capture: {space_of(lm, config, options.out, options.append).sentence}", file=sys.stderr)
     with shown("capture", "tokens") as progress:
         store = capture(
             lm,
             read_documents(options.text),
             config,
             options.out,
+            append=options.append,
             seed=options.seed,
             command=_command(options),
             progress=progress,
@@ -119,16 +131,20 @@ def _command(options: Options) -> str:
     for site in options.site:
         words += ["--site", site]
     words += ["--text", str(options.text), "--out", str(options.out)]
+    if options.append is not None:
+        words += ["--append", str(options.append)]
     default = asdict(CaptureOptions())
     for name, value in asdict(options.config).items():
         if value != default[name]:
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    if options.model_dtype != "float32":
+        words += ["--model-dtype", options.model_dtype]
     if options.seed:
         words += ["--seed", str(options.seed)]
     return shlex.join(words)
 
 
-CHOSEN = ("per_document", "per_stratum", "strata", "skip_norm_above", "scrub")
+CHOSEN = ("appended", "per_document", "per_stratum", "strata", "skip_norm_above", "scrub")
 """Facts that a store has where they were asked for."""
 
 
@@ -151,9 +167,12 @@ def _record(store: ActivationStore) -> dict[str, object]:
 
 def _sentence(store: ActivationStore, config: CaptureConfig) -> str:
     facts, asked = store.manifest.facts, config.tokens
+    old = facts.get("appended", {"tokens": 0, "skipped": 0})
     skipped = facts.get("skip_norm_above", {}).get("skipped", 0)
-    more = ""
-    if asked and store.n_tokens + skipped < asked:
+    new, more = store.n_tokens - old["tokens"], ""
+    if "appended" in facts:
+        more += f", {new:,} of them new beside {old['tokens']:,} of {old['documents']:,} documents before"
+    if asked and new + skipped - old["skipped"] < asked:
         more += f" (the corpus has no more than that, {asked:,} were asked for)"
     if "skip_norm_above" in facts:
         more += f"; {skipped:,} more were skipped for their norm"

@@ -15,6 +15,7 @@ from unbraid.manifest.errors import UserError
 
 PARTIAL = ".partial"
 WRITING = ".writing"
+KEPT = "run the same command again, what was finished is kept"
 
 
 @contextmanager
@@ -26,12 +27,29 @@ def writing(path: Path) -> Generator[Path, None, None]:
     `path`, when the disk is full or the system refuses otherwise.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{os.getpid()}{WRITING}"
-    try:
+    temporary = temporary_beside(path)
+    with becoming(temporary, path):
         yield temporary
-        _flush(temporary)
-        os.replace(temporary, path)
-        _flush(path.parent)
+        settle(temporary, path)
+
+
+def temporary_beside(path: Path) -> Path:
+    """Where a file is written before it is `path`."""
+    return path.parent / f".{path.name}.{os.getpid()}{WRITING}"
+
+
+def settle(temporary: Path, path: Path) -> None:
+    """Flush a file to disk and rename it to `path`."""
+    _flush(temporary)
+    os.replace(temporary, path)
+    _flush(path.parent)
+
+
+@contextmanager
+def becoming(temporary: Path, path: Path) -> Generator[None, None, None]:
+    """While a file is written that is to be `path`: an error removes it, and names `path` as in `writing`."""
+    try:
+        yield
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if _disk_is_full(error):
@@ -59,18 +77,44 @@ def write_json(path: Path, obj: Any) -> None:
     write_text(path, text + "\n")
 
 
+def partial_of(out: Path) -> Path:
+    """The folder in which `out` is being built."""
+    return out.parent / f".{out.name}{PARTIAL}"
+
+
+def is_held(out: Path) -> bool:
+    """Whether a run is building `out` now; False also where the system has no locks to tell by (Windows)."""
+    try:
+        import fcntl
+
+        handle = os.open(partial_of(out), os.O_RDONLY)
+    except (ImportError, FileNotFoundError):
+        return False
+    try:
+        # Shared and let go at once: a run that begins at this very moment would be refused, and says so.
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return True
+        raise
+    finally:
+        os.close(handle)
+    return False
+
+
 @contextmanager
 def building(out: Path) -> Generator[Path, None, None]:
     """Yield the folder `.<name>.partial` beside `out`; flush it and rename it to `out` on a clean exit.
 
     A partial folder left by a killed run is kept and yielded again, so that the caller can go on where it
     stopped. One run at a time may hold it. Raises UserError when `out` exists already, cannot be made, or is
-    being built by another run, and OSError, naming the folder, when the disk is full.
+    being built by another run, and OSError, naming the folder or the file in it and saying that the same
+    command goes on, when the disk is full or fails.
     """
     out = Path(os.path.abspath(out))
     if out.exists():
         raise UserError(f"{out} exists already; choose another --out or delete it")
-    partial = out.parent / f".{out.name}{PARTIAL}"
+    partial = partial_of(out)
     try:
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -88,8 +132,10 @@ def building(out: Path) -> Generator[Path, None, None]:
         except BaseException as error:
             if partial.is_dir() and not any(partial.iterdir()):
                 shutil.rmtree(partial)  # nothing was done yet: leave no trace of a mistyped option
-            if _disk_is_full(error) and getattr(error, "filename", None) is None:
-                raise _named(error, partial) from error
+            place = getattr(error, "filename", None) or partial
+            full = _disk_is_full(error)
+            if full or (isinstance(error, OSError) and error.errno and str(place).startswith(str(partial))):
+                raise _named(error, place) from error
             raise
 
 
@@ -138,7 +184,11 @@ def _disk_is_full(error: BaseException) -> bool:
     return number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
 
 
-def _named(error: BaseException, path: Path) -> OSError:
+def _named(error: BaseException, path: Path | str) -> OSError:
     number = getattr(error, "errno", None) or errno.ENOSPC
-    advice = "the disk is full; free some space and run the same command again, what was finished is kept"
+    advice = str(getattr(error, "strerror", None) or "")
+    if _disk_is_full(error):
+        advice = f"the disk is full; free some space and {KEPT}"
+    elif not advice.endswith(KEPT):
+        advice += f"; {KEPT}"
     return OSError(number, advice, str(path))

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from blake3 import blake3
+
 TIME_KEYS = frozenset({"time", "times"})
 
 
@@ -29,6 +31,15 @@ def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes as 64 hexadecimal digits, reading it in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def blake3_file(path: Path) -> str:
+    """Return the BLAKE3 of a file's bytes as 64 hexadecimal digits, reading it in pieces."""
+    digest, piece = blake3(), bytearray(1 << 20)
+    with open(path, "rb", buffering=0) as file:
+        while read := file.readinto(piece):
+            digest.update(memoryview(piece)[:read])
+    return digest.hexdigest()
 
 
 def content_id(record: Mapping[str, Any]) -> str:

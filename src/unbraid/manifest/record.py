@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from unbraid.manifest.errors import IntegrityError, UserError
 from unbraid.manifest.files import write_json
-from unbraid.manifest.identity import TIME_KEYS, canonical_json, content_id, sha256_file
+from unbraid.manifest.identity import TIME_KEYS, blake3_file, canonical_json, content_id, sha256_file
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -32,12 +32,33 @@ class MadeBy:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file of an artifact."""
+    """One file of an artifact, with the one of two digests that it is known by, 64 hexadecimal digits."""
 
-    sha256: str
-    """SHA-256 of the file's bytes, 64 hexadecimal digits."""
     bytes: int
     """Length of the file."""
+    sha256: str | None = None
+    """SHA-256 of its bytes."""
+    blake3: str | None = None
+    """BLAKE3 of its bytes: of what is large, since hashing with SHA-256 would take longer than writing."""
+
+    def __post_init__(self) -> None:
+        if (self.sha256 is None) == (self.blake3 is None):
+            raise ValueError("a file needs either sha256 or blake3")
+
+    @property
+    def digest(self) -> tuple[str, str]:
+        """The name of the digest and its value."""
+        return ("sha256", self.sha256) if self.sha256 is not None else ("blake3", self.blake3 or "")
+
+    def as_dict(self) -> dict[str, Any]:
+        """What stands in a manifest."""
+        return {"bytes": self.bytes, **dict([self.digest])}
+
+    @classmethod
+    def of(cls, path: Path, digest: str = "sha256") -> FileEntry:
+        """A file's entry with a digest of that name."""
+        hashed = {"sha256": sha256_file, "blake3": blake3_file}[digest](path)
+        return cls(path.stat().st_size, **{digest: hashed})
 
 
 @dataclass(frozen=True)
@@ -63,7 +84,7 @@ class Manifest:
 
     def as_dict(self) -> dict[str, Any]:
         """Return what stands in the file."""
-        record = asdict(self)
+        record = asdict(self) | {"files": {name: entry.as_dict() for name, entry in self.files.items()}}
         if self.paths is None:
             del record["paths"]
         return record
@@ -79,14 +100,21 @@ def write_manifest(
     facts: Mapping[str, Any],
     paths: Mapping[str, Path] | None = None,
     without: str = "",
+    known: Mapping[str, FileEntry] | None = None,
 ) -> Manifest:
     """Hash every file below `folder`, write `manifest.json` into it and return what was written.
 
-    The file `without` is not listed: one that is needed until there is a manifest, and then removed.
+    The file `without` is not listed: one that is needed until there is a manifest, and then removed. Files
+    that are `known` by name, having been hashed as they were written, are not read again.
     `paths` says where inputs lie on this machine; they are stored relative to `folder`. Raises ValueError for
     an input or file called "time" or "times" (ids leave such keys out) and for NaN among the facts.
     """
-    files = {name: _entry(folder / name) for name in list_files(folder) if name != without}
+    known = known or {}
+    files = {
+        name: known[name] if name in known else FileEntry.of(folder / name)
+        for name in list_files(folder)
+        if name != without
+    }
     if clash := TIME_KEYS & (files.keys() | inputs.keys()):
         raise ValueError(f"an input or file cannot be called {min(clash)!r}: ids leave times out")
     made_by = MadeBy(version=_version(), command=command, seed=seed)
@@ -99,7 +127,7 @@ def write_manifest(
                 "schema": SCHEMA,
                 "made_by": asdict(made_by),
                 "inputs": dict(inputs),
-                "files": {name: asdict(entry) for name, entry in files.items()},
+                "files": {name: entry.as_dict() for name, entry in files.items()},
                 "facts": dict(facts),
             }
         )
@@ -153,16 +181,18 @@ def check_files(folder: Path) -> Manifest:
             raise IntegrityError(f"{path} is not listed in {folder / MANIFEST}; take it out of the artifact")
         if name not in present:
             raise IntegrityError(f"{path} is missing; restore it or make the artifact again")
-        expected, found = manifest.files[name], _entry(path)
+        expected = manifest.files[name]
+        found = FileEntry.of(path, expected.digest[0])
         if found.bytes != expected.bytes:
             raise IntegrityError(
                 f"{path} has {found.bytes} bytes where its manifest lists {expected.bytes}; "
                 "restore it or make the artifact again"
             )
-        if found.sha256 != expected.sha256:
+        if found != expected:
+            (digest, now), (_, then) = found.digest, expected.digest
             raise IntegrityError(
-                f"{path} was changed: its sha256 is {found.sha256[:12]}… where its manifest lists "
-                f"{expected.sha256[:12]}…; restore it or make the artifact again"
+                f"{path} was changed: its {digest} is {now[:12]}… where its manifest lists {then[:12]}…; "
+                "restore it or make the artifact again"
             )
     return manifest
 
@@ -179,10 +209,6 @@ def list_files(folder: Path) -> list[str]:
         paths = (here / name for name in files)
         found += [path.relative_to(folder).as_posix() for path in paths if path != folder / MANIFEST]
     return sorted(found)
-
-
-def _entry(path: Path) -> FileEntry:
-    return FileEntry(sha256=sha256_file(path), bytes=path.stat().st_size)
 
 
 def _version() -> str:

@@ -283,13 +283,15 @@ def weights_id(source: str | Path | Mapping[str, Tensor]) -> str:
     """SHA-256 over (name, dtype, shape, bytes) of every tensor, sorted by name.
 
     source: a folder of safetensors files, which is read in pieces, or tensors in memory. Independent of how
-    the tensors are spread over files and ordered in them. Raises UserError when the folder has no safetensors
+    the tensors are spread over files and ordered in them. A quantised weight in memory is hashed as the
+    tensors that it is made of, with what it says of them. Raises UserError when the folder has no safetensors
     files and IntegrityError when one is cut off.
     """
     digest = hashlib.sha256()
     if isinstance(source, Mapping):
-        for name in sorted(source):
-            tensor = source[name].detach().cpu().contiguous()
+        tensors = {part: plain for name in source for part, plain in _plain(name, source[name])}
+        for name in sorted(tensors):
+            tensor = tensors[name].detach().cpu().contiguous()
             kind = _SAFETENSORS_NAMES.get(tensor.dtype, str(tensor.dtype))
             digest.update(_tensor_header(name, kind, list(tensor.shape)))
             digest.update(tensor.flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
@@ -307,6 +309,17 @@ def weights_id(source: str | Path | Mapping[str, Tensor]) -> str:
         for piece in _pieces(file, start + begin, end - begin):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def _plain(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The tensor, or those that a quantised one is made of: how it is to be read is part of their names."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        yield name, tensor
+        return
+    parts, how = flatten()
+    for part in parts:
+        yield from _plain(f"{name}.{part} {how}", getattr(tensor, part))
 
 
 def tokenizer_id(tokenizer: Any) -> str:

@@ -14,10 +14,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from unbraid.activations.inorder import InOrder
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.files import write_bytes
 from unbraid.manifest.record import MANIFEST, write_manifest
@@ -77,13 +79,9 @@ class Run:
         found = {
             "config": asdict(self.config),
             "site": names(sources.inputs),
-            "activations": self._activations,
+            "activations": self.sources.so_far(self.step * self.config.batch_size),
         }
         return found | ({"target_site": names(sources.targets)} if sources.across else {})
-
-    @property
-    def _activations(self) -> str:
-        return ",".join(store.id for store in self.sources.stores)
 
     @classmethod
     def begin(cls, sources: Sources, config: TrainConfig, folder: Path) -> Run:
@@ -111,7 +109,7 @@ class Run:
         if self.step % config.log_every == 0 or self.step == config.steps:
             self.note = self._log()
         if self.step % config.checkpoint_every == 0 and self.step < config.steps:
-            self._checkpoint()
+            self.checkpoint()
 
     def _scaled(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         scaled = self.scaling(x.to(self.device))
@@ -178,11 +176,12 @@ class Run:
         """Stop before what is no number reaches the log or a checkpoint."""
         if not self.sums.isfinite().all():
             raise UserError(
-                f"{self.sources.stores[0].folder}: by step {self.step} the loss was no number any more; "
+                f"{self.sources.stores[0]}: by step {self.step} the loss was no number any more; "
                 "either activations there are not (capture them with --dtype float32), or --lr is too high"
             )
 
-    def _checkpoint(self) -> None:
+    def checkpoint(self) -> None:
+        """Write down where the run is."""
         self._check_finite()
         with (self.folder / LOG).open("ab") as log:
             os.fsync(log.fileno())  # the checkpoint must not know more of the log than the disk does
@@ -198,24 +197,27 @@ class Run:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to a checkpoint. Raises UserError when it belongs to a run with other settings."""
+        self.step, self.log_bytes = checkpoint.facts["step"], checkpoint.facts["log_bytes"]
         checkpoint.require(self.settings, self.folder)
         self.sae.load_state_dict({name: checkpoint.tensors[name] for name in self.sae.state_dict()})
         self.optimizer.restore(checkpoint.tensors)
         self.stepper.refresh()
         self.silent.copy_(checkpoint.tensors["silent"])
         self.sums.copy_(checkpoint.tensors["sums"])
-        self.step, self.log_bytes = checkpoint.facts["step"], checkpoint.facts["log_bytes"]
         self.watch = DeadWatch(**checkpoint.facts["watch"])
 
     def finish(self, command: str) -> SAE:
         """Fold the scaling in, measure firing, and write the artifact's files and manifest."""
         config = self.config
+        size = min(config.batch_size, config.calibration_tokens)
+        steps = -(-config.calibration_tokens // size)
+        if any(isinstance(store, InOrder) for store in self.sources.stores):
+            self.checkpoint()  # the wait for a capture's end may be long, and in vain
+        origin = self.sources.origin(max(config.steps * config.batch_size, steps * size))
         torch.set_num_threads(config.threads or torch.get_num_threads())
         last = json.loads((self.folder / LOG).read_text(encoding="utf-8").splitlines()[-1])
         sources, first = self.sources, self.sources.stores[0]
         self.sae.fold(self.scaling, self.target_scaling)
-        size = min(config.batch_size, config.calibration_tokens)
-        steps = -(-config.calibration_tokens // size)
         # Another seed than training's, so that the tokens are not those of the first batches.
         drawn = self.sources.batches(size, seed=config.seed + 1, steps=steps)
         measured = calibrate(self.sae, (x.to(self.device) for x, _ in drawn))
@@ -228,7 +230,7 @@ class Run:
             kind=KIND,
             command=command,
             seed=config.seed,
-            inputs={"activations": self._activations},
+            inputs=origin.inputs,
             facts={
                 "architecture": sae.config.architecture,
                 "site": names(sources.inputs),
@@ -242,8 +244,9 @@ class Run:
                 "l0": measured.l0,
                 "dead": float((measured.frequency == 0).double().mean()),
                 "measured_on_tokens": measured.tokens,
+                **origin.facts,
             },
-            paths={"activations": first.folder},
+            paths=origin.paths,
             without=FILE,
         )
         (self.folder / FILE).unlink(missing_ok=True)  # not before: a kill would have lost the whole run
@@ -255,8 +258,17 @@ class Run:
         config = self.config
         sae = build(sae_config(self.sources, config)).to(self.device)
         (batch,) = self.sources.batches(config.batch_size, seed=config.seed, steps=1)
-        sae.initialise(*self._scaled(*batch), torch.Generator().manual_seed(config.seed))
+        sae.initialise(*self._scaled(*batch), first_weights(config.seed))
         return sae
+
+
+def first_weights(seed: int) -> torch.Generator:
+    """What draws the first directions.
+
+    Not torch's generator with that very seed: who plants features in a world of their own draws them with it,
+    and would find them in the first weights (cosine 0.96), learned or not.
+    """
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, 1]).generate_state(1)[0]))
 
 
 def sae_config(sources: Sources, config: TrainConfig) -> SAEConfig:
@@ -270,7 +282,7 @@ def sae_config(sources: Sources, config: TrainConfig) -> SAEConfig:
         site=names(inputs),
         model_name=first.model_name,
         model_id=first.model_id,
-        metadata={"context_size": first.context},
+        metadata={"context_size": first.context} if first.context else {},
         d_out=sum(source.d for source in targets) if sources.across else 0,
         target_site=names(targets) if sources.across else "",
         blocks=tuple(source.d for source in inputs) if len(inputs) > 1 else (),
@@ -280,19 +292,18 @@ def sae_config(sources: Sources, config: TrainConfig) -> SAEConfig:
 
 def _measure(sources: Sources, seed: int) -> tuple[Scaling, Scaling]:
     """Mean and scale of inputs and targets, from up to 100,000 tokens."""
-    size = min(STATISTICS_TOKENS, sources.stores[0].n_tokens)
+    size = min(STATISTICS_TOKENS, sources.at_hand)
     (batch,) = sources.batches(size, seed=seed, steps=1)
     found: list[Scaling] = []
     for x, parts in zip(batch, (sources.inputs, sources.targets), strict=True):
         scaling = Scaling.of(x, [source.d for source in parts])
         if scaling is None:
             raise UserError(
-                f"{sources.stores[0].folder}: all activations at {names(parts)} are the same; "
-                "capture more text"
+                f"{sources.stores[0]}: all activations at {names(parts)} are the same; capture more text"
             )
         if not (scaling.mean.isfinite().all() and scaling.scale.isfinite().all()):
             raise UserError(
-                f"{sources.stores[0].folder}: activations at {names(parts)} hold NaN or infinity; capture "
+                f"{sources.stores[0]}: activations at {names(parts)} hold NaN or infinity; capture "
                 "them with --dtype float32"
             )
         found.append(scaling)

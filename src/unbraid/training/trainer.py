@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,10 @@ from time import monotonic
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from unbraid.activations.follow import Stalled
+from unbraid.activations.inorder import InOrder
 from unbraid.activations.store import ActivationStore
 from unbraid.activations.stream import ahead
 from unbraid.manifest.files import building
@@ -21,11 +24,11 @@ from unbraid.sae.registry import architecture
 from unbraid.training.config import TrainConfig
 from unbraid.training.memory import available, check_memory
 from unbraid.training.run import Run, sae_config
-from unbraid.training.sources import Names, Sources, choose_sources, stream
+from unbraid.training.sources import Activations, Names, Source, Sources, choose_sources, stream
 
 
 def train(
-    store: ActivationStore | Sequence[ActivationStore],
+    store: Activations | Sequence[Activations],
     site: Names,
     config: TrainConfig,
     out: Path | str,
@@ -38,6 +41,9 @@ def train(
     """Train an autoencoder on the activations of `site` (the only one captured, if None) into the folder
     `out`; `on_log` is handed every line of its log.
 
+    A store gives them fully shuffled; `follow.Following` and `live.Live` in the order of capture, shuffled
+    within a buffer, from a capture that is still being written or from the model itself.
+
     Transcoders predict `target_site` from it. Crosscoders take several sites, or several captures of the
     same tokens. Killed and run again with the same arguments it goes on from its last checkpoint, and the
     files are the same, bit for bit, as an undisturbed run's. Returns the autoencoder as it was saved.
@@ -46,7 +52,7 @@ def train(
     """
     config.check()
     reads = architecture(config.architecture).reads
-    stores = [store] if isinstance(store, ActivationStore) else list(store)
+    stores = [store] if isinstance(store, ActivationStore | InOrder) else list(store)
     sources = choose_sources(stores, site, target_site, reads, config.architecture)
     job = Job(sources, config, Path(out))
     (sae,) = train_together([job], command=command, progress=progress, on_log=on_log)
@@ -122,12 +128,35 @@ def advance(runs: Sequence[Run], progress: Progress | None) -> None:
     started = monotonic()
     if progress is not None:
         progress(first, config.steps, f"kernels: {', '.join(dict.fromkeys(r.stepper.name for r in runs))}")
+    with closing(_fetched(wanted, config, first)) as batches:
+        for step in range(first, config.steps):
+            try:
+                found = next(batches)
+            except Stalled:
+                for run in runs:
+                    run.checkpoint()
+                raise
+            for run in runs:
+                if run.step == step:
+                    run.learn(found)
+            if progress is not None:
+                speed = (step + 1 - first) * config.batch_size * len(runs) / max(monotonic() - started, 1e-9)
+                what = runs[0].note if len(runs) == 1 else f"{len(runs)} autoencoders"
+                progress(step + 1, config.steps, f"{what}  {speed:,.0f} tokens/s".strip())
+
+
+def _fetched(
+    wanted: Collection[Source], config: TrainConfig, first: int
+) -> Generator[Mapping[Source, Tensor], None, None]:
+    """The stream from step `first` on, made ahead where its source may be."""
     batches = stream(wanted, config.batch_size, seed=config.seed, steps=config.steps, start=first)
-    for step, found in enumerate(ahead(batches), first):
-        for run in runs:
-            if run.step == step:
-                run.learn(found)
-        if progress is not None:
-            speed = (step + 1 - first) * config.batch_size * len(runs) / max(monotonic() - started, 1e-9)
-            what = runs[0].note if len(runs) == 1 else f"{len(runs)} autoencoders"
-            progress(step + 1, config.steps, f"{what}  {speed:,.0f} tokens/s".strip())
+    stores = [source.store for source in wanted]
+    live = [store for store in stores if isinstance(store, InOrder)]
+    if not all(store.ahead for store in live):
+        return batches
+
+    def cancel() -> None:
+        for store in live:
+            store.cancel()
+
+    return ahead(batches, cancel=cancel)

@@ -1,0 +1,95 @@
+"""A shard's file, in the safetensors format: written and hashed in one go, read in pieces."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "I32": torch.int32, "I8": torch.int8}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+WRITE = 1 << 24
+"""Bytes handed to the system at once."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor is in a shard's file."""
+
+    offset: int
+    """Byte at which it begins."""
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def pitch(self) -> int:
+        """Bytes from one row to the next."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+
+def places(path: Path) -> dict[str, Place]:
+    """Where the tensors of a shard are, by the header of the safetensors format: eight bytes with its length,
+    then JSON. Raises ValueError where that is not what the file holds.
+    """
+    found: dict[str, Place] = {}
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        size = path.stat().st_size - 8 - length
+        if size < 0:
+            raise ValueError("its header is longer than the file")
+        try:
+            header = cast("dict[str, Any]", json.loads(file.read(length)))
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    begin, end = entry["data_offsets"]
+                    found[name] = place = Place(
+                        8 + length + begin, _DTYPES[entry["dtype"]], tuple(entry["shape"])
+                    )
+                    if not 0 <= begin <= end <= size or place.shape[0] * place.pitch != end - begin:
+                        raise ValueError("its header names more than the file holds")
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError("its header is no safetensors header") from error
+    return found
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
+    """Write contiguous tensors; returns the file's length and its BLAKE3, taken on the way.
+
+    The library's own writer first copies everything into one piece of memory, and the file would have to be
+    read again for its hash.
+    """
+    # The widest first, as the library has them: then everything is aligned for who maps the file.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in ordered:
+        begin, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    pieces = [memoryview(head), *(memory(tensor) for _, tensor in ordered)]
+    digest = blake3()
+    with path.open("wb", buffering=0) as file:
+        for piece in pieces:
+            digest.update(piece)
+            written = 0
+            while written < len(piece):
+                written += file.write(piece[written : written + WRITE])
+    return len(head) + end, digest.hexdigest()
+
+
+def memory(tensor: Tensor) -> memoryview:
+    """A contiguous tensor's own bytes."""
+    return memoryview(cast(Any, tensor.view(-1).view(torch.uint8).numpy()))
