@@ -143,8 +143,8 @@ class Fetched:
         if self.size > self.cache.size:
             raise UserError(
                 f"{self.remote} has {show_size(self.size)}, more than the cache of"
-                f" {show_size(self.cache.size)} in {self.cache.folder}, and shuffled reading needs all of it at"
-                f" once; set {SIZE} higher, or read in the order of capture with --follow"
+                f" {show_size(self.cache.size)} in {self.cache.folder}, and shuffled reading needs all of it"
+                f" at once; set {SIZE} higher, or read in the order of capture with --follow"
             )
 
     def expect(self, names: Iterable[str]) -> None:

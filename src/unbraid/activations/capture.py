@@ -141,8 +141,8 @@ def capture(
     `seed` decides what `per_document` and `per_stratum` draw. Memory does not grow with the corpus.
 
     `append` is the folder or URL of a finished capture with the same settings: its rows come first, as links
-    to its shards, and of `documents` those that it has read are passed over. Only the number of tokens, all of them
-    new, the size of batches and the machine may differ.
+    to its shards, and of `documents` those that it has read are passed over. Only the number of tokens, all
+    of them new, the size of batches and the machine may differ.
 
     Raises UserError when `out` exists, a site or context does not fit the model, no token is found, a value
     does not fit the stored type, the disk has no room, `append` has other settings or no more documents than

@@ -39,8 +39,9 @@ class Options:
     """Folder to make, or a URL that fsspec can write to, such as s3://bucket/acts; a capture that was killed
     goes on where it stopped."""
     append: str | None = None
-    """Folder or URL of a finished capture whose tokens --out begins with, as links: what it has read of --text
-    is passed over. It stays as it is; --site is taken from it, and other options must be those of then."""
+    """Folder or URL of a finished capture whose tokens --out begins with, as links: what it has read of
+    --text is passed over. It stays as it is; --site is taken from it, and other options must be those of
+    then."""
     list_sites: str = ""
     """Model folder or Hub name whose sites to print instead, with layers and width."""
     config: Annotated[CaptureOptions, tyro.conf.arg(name="")] = field(default_factory=CaptureOptions)

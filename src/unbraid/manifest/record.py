@@ -107,8 +107,9 @@ def write_manifest(
 
     The file `without` is not listed: one that is needed until there is a manifest, and then removed. Files
     that are `known` by name, having been hashed as they were written, are not read again, and may lie
-    elsewhere. `paths` says where inputs lie: on this machine, stored relative to `folder`, or at a URL. Raises
-    ValueError for an input or file called "time" or "times" (ids leave such keys out) and for NaN among the facts.
+    elsewhere. `paths` says where inputs lie: on this machine, stored relative to `folder`, or at a URL.
+    Raises ValueError for an input or file called "time" or "times" (ids leave such keys out) and for NaN
+    among the facts.
     """
     known = known or {}
     files = {
