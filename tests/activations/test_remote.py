@@ -325,7 +325,7 @@ def test_killed_while_it_sends_a_capture_goes_on(tiny_llama: Path, lm: LanguageM
     # Sent are the settings, and of each shard itself, its skipped tokens and its record.
     command = [sys.executable, "-c", KILLED, str(tiny_llama), url, "1", "8", "9", "10"]
     run = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    assert run.stdout.split() == [str(-signal.SIGKILL), "False"] * 4
+    assert run.stdout.split() == [str(-signal.SIGKILL), "False"] * 4, run.stderr[-2000:]
     capture(lm, documents, config, url)
     assert files_in(tmp_path / "acts") == files_in(tmp_path / "local")
 
