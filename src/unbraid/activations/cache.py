@@ -68,19 +68,19 @@ class Cache:
             return
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         temporary = self.folder / f".{path.name}.{os.getpid()}-{threading.get_ident()}{WRITING}"
-        self._make_room(temporary.name, entry.bytes)
         try:
+            self._make_room(temporary.name, entry.bytes)
             remote.fetch(name, entry, temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
             with self._lock:
-                del self._coming[temporary.name]
+                self._coming.pop(temporary.name, None)
 
     def _make_room(self, name: str, n: int) -> None:
         with self._lock:
             self._coming[name] = n
-            there = [(e.stat().st_mtime_ns, e.name, e.stat().st_size) for e in _files(self.folder)]
+            there = _files(self.folder)
             total = sum(self._coming.values())
             total += sum(size for _, file, size in there if file not in self._coming)
             for _, file, size in sorted(there):
@@ -103,9 +103,15 @@ def _cache(folder: Path, size: int) -> Cache:
     return Cache(folder, size)
 
 
-def _files(folder: Path) -> list[os.DirEntry[str]]:
+def _files(folder: Path) -> list[tuple[int, str, int]]:
+    """When each file was last used, its name and its bytes."""
+    found: list[tuple[int, str, int]] = []
     with os.scandir(folder) as entries:
-        return [entry for entry in entries if entry.is_file(follow_symlinks=False)]
+        for entry in entries:
+            with suppress(FileNotFoundError):  # one that came meanwhile has another name now
+                stat = entry.stat()
+                found.append((stat.st_mtime_ns, entry.name, stat.st_size))
+    return found
 
 
 class Fetched:
