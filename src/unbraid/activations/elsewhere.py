@@ -17,7 +17,7 @@ from unbraid.activations.cache import cache_folder
 from unbraid.activations.norms import SKIPPED
 from unbraid.activations.shards import FINISHED, SETTINGS, read_finished
 from unbraid.manifest.errors import IntegrityError, UserError
-from unbraid.manifest.files import KEPT, held, write_bytes
+from unbraid.manifest.files import KEPT, WRITING, held, write_bytes
 from unbraid.manifest.identity import sha256_bytes
 from unbraid.manifest.record import MANIFEST, read_manifest
 from unbraid.manifest.remote import Remote
@@ -72,7 +72,10 @@ class Elsewhere:
     def record(self, path: Path) -> None:
         """Send what was recorded of the shard that was sent last, and remove it here."""
         if (skipped := self.staging / SKIPPED).exists():  # first: the shard's record vouches for its lines
-            self.send(skipped, SKIPPED)
+            sent = self.staging / f".{SKIPPED}{WRITING}"  # a copy, since the next batches are added meanwhile
+            shutil.copyfile(skipped, sent)
+            self.send(sent, SKIPPED)
+            sent.unlink()
         self.send(self.staging / FINISHED, FINISHED)
         path.unlink()
 
