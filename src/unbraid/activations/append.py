@@ -31,16 +31,17 @@ class Earlier:
     def __init__(self, folder: Path | str) -> None:
         """Raises UserError where the folder holds no capture of ours, IntegrityError where it is damaged."""
         self.store = ActivationStore(folder)
-        path = self.store.folder / SETTINGS
         if SETTINGS not in self.store.manifest.files:
             raise UserError(
                 f"{self.store.folder} was not made by `unbraid capture`, so how to go on is not known; choose"
                 " another --append"
             )
         try:
-            self.settings: dict[str, Any] = json.loads(path.read_bytes())
+            self.settings: dict[str, Any] = json.loads(self.store.file(SETTINGS).read_bytes())
         except ValueError as error:
-            raise IntegrityError(f"{path} is not JSON; restore it or capture again") from error
+            raise IntegrityError(
+                f"{self.store.folder}/{SETTINGS} is not JSON; restore it or capture again"
+            ) from error
         facts = self.store.manifest.facts
         told: dict[str, Any] = facts.get("appended", {"corpora": [0], "before": {}})
         self._corpora: list[int] = told["corpora"]
@@ -100,7 +101,7 @@ class Earlier:
 
     def _goes_on(self, plan: Plan, document: Document | None, number: int, record: dict[str, Any]) -> bool:
         """Whether of the document, which must be the one on record, wanted tokens are left at its end."""
-        line = f"line {number + 1} of {self.store.folder / DOCUMENTS}"
+        line = f"line {number + 1} of {self.store.folder}/{DOCUMENTS}"
         advice = "give all of the text that was captured there and more, or only what is new"
         if document is None:
             raise UserError(f"the text ends where {line} has document {record['id']}; {advice}")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from unbraid.activations.append import Earlier
+from unbraid.activations.elsewhere import Elsewhere
 from unbraid.activations.norms import SKIPPED, NormLimit
 from unbraid.activations.plan import Piece, Plan
 from unbraid.activations.rows import Stored, misfit
@@ -26,6 +27,7 @@ from unbraid.manifest.errors import UserError
 from unbraid.manifest.files import building
 from unbraid.manifest.progress import Progress
 from unbraid.manifest.record import write_manifest
+from unbraid.manifest.remote import is_url
 from unbraid.model.load import LanguageModel
 from unbraid.model.read import read_sites
 from unbraid.model.sites import Site
@@ -130,27 +132,29 @@ def capture(
     command: str = "",
     progress: Progress | None = None,
 ) -> ActivationStore:
-    """Read `documents` through the model and store the activations of their tokens in the folder `out`.
+    """Read `documents` through the model and store the activations of their tokens in `out`, a folder or URL.
 
     BOS, EOS and PAD are never captured. A document longer than the context becomes several windows under
     one document id. Killed and called again with the same arguments, it goes on after the last finished
     shard, and the files come out byte for byte as if it had never been killed (same machine and versions).
+    At a URL they are the same bytes; see `elsewhere`.
     `seed` decides what `per_document` and `per_stratum` draw. Memory does not grow with the corpus.
 
-    `append` is the folder of a finished capture with the same settings: its rows come first, as links to its
-    shards, and of `documents` those that it has read are passed over. Only the number of tokens, all of them
-    new, the size of batches and the machine may differ.
+    `append` is the folder or URL of a finished capture with the same settings: its rows come first, as links
+    to its shards, and of `documents` those that it has read are passed over. Only the number of tokens, all
+    of them new, the size of batches and the machine may differ.
 
     Raises UserError when `out` exists, a site or context does not fit the model, no token is found, a value
     does not fit the stored type, the disk has no room, `append` has other settings or no more documents than
     it has are there, or a partial run in the way was made with other settings or documents; IntegrityError
-    when a finished shard, of a partial run or of `append`, is damaged.
+    when a finished shard, of a partial run or of `append`, is damaged; OSError when a disk or URL fails.
     """
     check_fits(lm, config)
     space = space_of(lm, config, out, append)
     earlier = None if append is None else Earlier(append)
     scrubber = Scrubber(config.scrub_model) if config.scrub else None
-    with building(Path(out)) as folder:
+    destination = Elsewhere(out) if is_url(out) else None
+    with building(Path(out)) if destination is None else destination.building() as folder:
         strata = None if config.per_stratum is None else Strata(config.per_stratum, seed)
         before = "" if earlier is None else earlier.store.manifest.facts["read"]
         plan = plan_of(lm, documents, config, seed, strata, scrubber, before)
@@ -159,8 +163,8 @@ def capture(
         after = None
         if earlier is not None:
             earlier.require(settings)
-            settings["appended"], after = earlier.store.id, earlier.store.folder
-        writer = ShardWriter(folder, settings, widths=widths, after=after)
+            settings["appended"], after = earlier.store.id, earlier.store
+        writer = ShardWriter(folder, settings, widths=widths, after=after, destination=destination)
         if not writer.begun:
             (folder / SKIPPED).unlink(missing_ok=True)  # of a run that was killed before its first shard
         try:
@@ -200,7 +204,10 @@ def capture(
                 "corpus": plan.corpus,
                 **({} if earlier is None else {"appended": earlier.store.id}),
             },
-            paths=None if earlier is None else {"appended": earlier.store.folder},
+            # Of a folder here nobody knows who reads a URL.
+            paths=None
+            if earlier is None or (destination is not None and not is_url(earlier.store.folder))
+            else {"appended": earlier.store.folder},
             facts={
                 "model": lm.name,
                 "sites": list(widths),
@@ -227,15 +234,15 @@ def space_of(
     """What a capture with these arguments writes. Raises as `capture` does for a wrong site or `append`."""
     check_fits(lm, config)
     rows, copied = config.tokens, 0
-    place = Path(out)
     if append is not None:
         store = ActivationStore(append)
         full, rest = divmod(store.n_tokens, store.shard_tokens)
         rows = None if rows is None else rest + rows
-        if not same_disk(store.folder, place):
+        if full and not is_url(out) and not same_disk(store.shards[0], Path(out)):
             copied = sum(store.manifest.files[shard.name].bytes for shard in store.shards[:full])
     return Space(
-        out=place,
+        out=out if is_url(out) else Path(out),
+        by=Elsewhere(out).staging if is_url(out) else None,
         row_bytes=row_bytes(_widths(lm, config), config.dtype),
         shard_rows=config.shard_tokens,
         rows=rows,

@@ -21,6 +21,7 @@ from unbraid.manifest.errors import IntegrityError, UserError
 from unbraid.manifest.files import is_held, partial_of
 from unbraid.manifest.identity import content_id
 from unbraid.manifest.record import MANIFEST, FileEntry, MadeBy, Manifest
+from unbraid.manifest.remote import is_url
 from unbraid.model.sites import Site
 
 
@@ -42,7 +43,7 @@ class Following(InOrder):
         poll: float = 0.5,
         say: Callable[[str], None] | None = None,
     ) -> None:
-        """Wait until the capture that ends in `folder` has a first shard.
+        """Wait until the capture that ends in `folder` has a first shard; one at a URL has to be finished.
 
         While nobody writes there, a wait ends after `patience` seconds without a new shard. The folder is
         looked at every `poll` seconds; `say` is told of every wait.
@@ -52,15 +53,18 @@ class Following(InOrder):
         """
         super().__init__(buffer_tokens)
         self.folder = Path(folder)
+        self._name = str(folder)
         self.patience, self.poll, self.say = patience, poll, say
         self._store: ActivationStore | None = None
+        if is_url(folder):
+            self.length = self._take(ActivationStore(folder)).n_tokens
         store = self._wait(1)
         self.sites = store.sites
         self.model_name, self.model_id = store.model_name, store.model_id
         self.tokenizer_id, self.context = store.tokenizer_id, store.context
 
     def __str__(self) -> str:
-        return str(self.folder)
+        return self._name
 
     def site(self, site: Site | str) -> Site:
         """The captured site of that name; raises UserError listing what was captured when there is none."""
@@ -115,6 +119,10 @@ class Following(InOrder):
         runs = [(a, b - a) for a, b in pairwise(edges) if b > a]
         for site, buffer in out.items():
             store.gather(site, runs, buffer)
+        if isinstance(store.folder, str):  # from a URL what follows has a long way
+            first = end % store.n_tokens
+            count = min(self.buffer_tokens, store.n_tokens - first)
+            store.expect(next(iter(out)), [(row, 1) for row in range(first, first + count, size)])
         return rows
 
     def _wait(self, rows: int | None) -> ActivationStore:

@@ -35,8 +35,8 @@ class Origin:
 
     inputs: Mapping[str, str]
     """Content ids by name."""
-    paths: Mapping[str, Path] = field(default_factory=dict[str, Path])
-    """Where those lie that lie anywhere."""
+    paths: Mapping[str, Path | str] = field(default_factory=dict[str, Path | str])
+    """Where those lie that lie anywhere: folders, or URLs."""
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """How they were read."""
 

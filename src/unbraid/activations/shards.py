@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from safetensors.torch import load_file
@@ -117,7 +117,11 @@ class _Shard:
 
 def read_finished(folder: Path) -> list[dict[str, Any]]:
     """The records of a folder's finished shards; half a line is one being written, or torn by a kill."""
-    path = folder / FINISHED
+    return finished_of(folder / FINISHED)
+
+
+def finished_of(path: Path) -> list[dict[str, Any]]:
+    """The records in a file; none where it is missing."""
     records: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
         if not line.endswith("\n"):
@@ -125,27 +129,66 @@ def read_finished(folder: Path) -> list[dict[str, Any]]:
         try:
             records.append(cast("dict[str, Any]", json.loads(line)))
         except ValueError as error:
-            raise IntegrityError(f"{path} is damaged; delete {folder} and capture again") from error
+            raise IntegrityError(f"{path} is damaged; delete {path.parent} and capture again") from error
     return records
+
+
+class Finished(Protocol):
+    """A finished capture that another one begins with."""
+
+    folder: Path | str
+    """Where it is."""
+
+    def file(self, name: str) -> Path:
+        """One of its files, on this disk."""
+        ...
+
+
+class Destination(Protocol):
+    """Where shards are sent once they are written."""
+
+    url: str
+    """Its name."""
+
+    def send(self, path: Path, name: str) -> None:
+        """Send a file."""
+        ...
+
+    def record(self, path: Path) -> None:
+        """Send what was recorded of the shard that was sent last, and remove it here."""
+        ...
+
+    def forget(self) -> None:
+        """Take away what was sent."""
+        ...
 
 
 class ShardWriter:
     """Collects rows and writes a shard whenever it is full; memory is two shards.
 
     `finished` rows lie on disk already when a partial folder is continued: the caller passes the rows from
-    there on, and calls `skip` for those that finished shards hold. With `after`, the folder of another
-    finished capture with shards of this size, its rows are the first; the caller calls `begin`.
+    there on, and calls `skip` for those that finished shards hold. With `after`, another finished capture
+    with shards of this size, its rows are the first; the caller calls `begin`. With `destination`, finished
+    shards lie there and no longer in the folder, which has the records of those that do.
     """
 
     def __init__(
-        self, folder: Path, settings: dict[str, Any], *, widths: dict[str, int], after: Path | None = None
+        self,
+        folder: Path,
+        settings: dict[str, Any],
+        *,
+        widths: dict[str, int],
+        after: Finished | None = None,
+        destination: Destination | None = None,
     ) -> None:
         self.folder = folder
+        self._destination = destination
+        self._name = folder if destination is None else destination.url
         self.capacity = int(settings["shard_tokens"])
         self.rows = 0
         """Rows that the caller has passed or skipped so far."""
         self._after = after
-        self._before = [] if after is None else read_finished(after)
+        self._before = [] if after is None else finished_of(after.file(FINISHED))
         self._open(settings)
         self._shards = [_Shard(self.capacity, widths, settings["dtype"]) for _ in range(2)]
         """The one that is being filled, and the one that is being written."""
@@ -175,18 +218,22 @@ class ShardWriter:
 
     def begin(self) -> None:
         """Put the rows of the capture that comes first where they belong: its full shards become links, or
-        copies where the system cannot link, and what a last shorter one holds goes into the next shard.
+        copies where the system cannot link or they are sent, and what a last shorter one holds goes into the
+        next shard.
         Raises IntegrityError naming a shard that is damaged.
         """
         self.rows = self.before
         if self._after is None or self.begun:
             return
-        advice = f"restore it, or choose another --append than {self._after}"
+        advice = f"restore it, or choose another --append than {self._after.folder}"
         for record in self._before:
-            source = self._after / record["file"]
+            source = self._after.file(record["file"])
             _verify(source, record, advice)
             if record["rows"] == self.capacity:
-                _link(source, self.folder / record["file"])
+                if self._destination is not None:
+                    self._destination.send(source, record["file"])
+                else:
+                    _link(source, self.folder / record["file"])
                 self.records.append(record)
             else:
                 self._shards[0].restore(load_file(source), record)
@@ -268,6 +315,8 @@ class ShardWriter:
         if clear and not self.begun:
             for name in (DOCUMENTS, FINISHED, SETTINGS, *(record["file"] for record in self.records)):
                 (self.folder / name).unlink(missing_ok=True)
+            if self._destination is not None:
+                self._destination.forget()
 
     # --- on disk ---
 
@@ -288,7 +337,7 @@ class ShardWriter:
             raise IntegrityError(f"{path} is missing; delete {self.folder} and capture again")
         else:
             write_json(path, settings)
-        for record in self.records:
+        for record in self.records if self._destination is None else ():
             _verify(self.folder / record["file"], record, f"delete {self.folder} and capture again")
         for stray in set(self.folder.glob("shard-*")) - {self.folder / r["file"] for r in self.records}:
             stray.unlink()  # finished just before a kill, but not recorded: written again
@@ -337,10 +386,14 @@ class ShardWriter:
     def _settle(self, temporary: Path, path: Path, record: dict[str, Any]) -> None:
         with becoming(temporary, path):
             settle(temporary, path)
+        if self._destination is not None:
+            self._destination.send(path, path.name)
         with (self.folder / FINISHED).open("a", encoding="utf-8", newline="\n") as file:
             file.write(_line(record))
             file.flush()
             os.fsync(file.fileno())
+        if self._destination is not None:
+            self._destination.record(path)
         self.records.append(record)
 
     def _ends(self) -> list[int]:
@@ -351,7 +404,7 @@ class ShardWriter:
 
     def _other(self, what: str) -> UserError:
         return UserError(
-            f"{self.folder} was begun with other settings ({what}); run with those again to go on, delete it,"
+            f"{self._name} was begun with other settings ({what}); run with those again to go on, delete it,"
             " or choose another --out"
         )
 

@@ -32,12 +32,17 @@ def show_size(n: int) -> str:
     return f"{n} bytes"
 
 
+PASSING = 3
+"""Shards that lie on the disk at once where they are sent on: one being sent, one being written, and what a
+kill has left of one."""
+
+
 @dataclass(frozen=True)
 class Space:
     """What a capture writes, and whether there is room for it."""
 
-    out: Path
-    """Where it will lie."""
+    out: Path | str
+    """Where it will lie: a folder, or a URL."""
     row_bytes: int
     """Bytes of a token's row, all sites and columns together."""
     shard_rows: int
@@ -48,11 +53,13 @@ class Space:
     """Bytes that are copied beforehand, since they cannot be linked."""
     budget: int | None = None
     """Bytes that the capture may take on the disk, if that was given."""
+    by: Path | None = None
+    """Folder here from which shards are sent where `out` is a URL: no more than PASSING lie there."""
 
     @property
     def free(self) -> int:
-        """Bytes that are free where `out` will lie."""
-        return shutil.disk_usage(_there(self.out)).free
+        """Bytes that are free where it is written."""
+        return shutil.disk_usage(_there(self.by or Path(self.out))).free
 
     @property
     def sentence(self) -> str:
@@ -61,7 +68,10 @@ class Space:
             what = f"{show_size(self.row_bytes)} a token, of as many as the corpus has,"
         else:
             what = f"up to {show_size(self._bytes(self.rows))}"
-        return f"{what} will be written to {self.out}; {show_size(self.free)} are free there"
+        where = str(self.out)
+        if self.by is not None:
+            where += f", at most {show_size(self._passing)} at a time by way of {self.by}"
+        return f"{what} will be written to {where}; {show_size(self.free)} are free there"
 
     def check(self, done: int = 0) -> None:
         """Raise UserError, with the numbers and what to change, when the rest has no room.
@@ -69,6 +79,9 @@ class Space:
         `done` rows lie on the disk already. Where nobody knows how many will come, the next shard must have
         room. The list of documents and the headers of shards, a few bytes a row, are not counted.
         """
+        if self.by is not None:
+            self._check_passing()
+            return
         rows = done + self.shard_rows if self.rows is None else self.rows
         less = "a smaller --shard-tokens" if self.rows is None else "fewer --tokens"
         if self.budget is not None and (whole := self._bytes(rows)) > self.budget:
@@ -88,6 +101,20 @@ class Space:
                 " free there; "
                 + (f"free some space and {KEPT}" if done else f"choose {less}, fewer --site or another --out")
             )
+
+    @property
+    def _passing(self) -> int:
+        rows = PASSING * self.shard_rows
+        return (rows if self.rows is None else min(rows, self.rows)) * self.row_bytes
+
+    def _check_passing(self) -> None:
+        for room, what in ((self.budget, "the --disk-budget of {}"), (self.free, "the {} that are free")):
+            if room is not None and self._passing > room:
+                raise UserError(
+                    f"{self.out} needs {show_size(self._passing)} at a time in {self.by}, more than"
+                    f" {what.format(show_size(room))}; choose a smaller --shard-tokens, or another folder"
+                    " with UNBRAID_CACHE"
+                )
 
     def _bytes(self, rows: int) -> int:
         return rows * self.row_bytes + self.copied

@@ -1,4 +1,4 @@
-"""Captured activations on disk, opened for reading."""
+"""Captured activations, opened for reading: on disk, or at a URL and brought to the disk as they are read."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unbraid.activations.cache import Cache, Fetched, default_cache
 from unbraid.activations.rows import Rows
 from unbraid.activations.shardfile import Place, memory, places
 from unbraid.activations.shards import COLUMNS, DOCUMENTS, SCALE, shard_name
 from unbraid.manifest.errors import IntegrityError, UserError
 from unbraid.manifest.record import Manifest, check_files, read_manifest
+from unbraid.manifest.remote import Remote, is_url
 from unbraid.model.sites import Site
 
 KIND = "activations"
@@ -38,25 +41,30 @@ class Columns:
 class ActivationStore:
     """A finished capture. Shards are read piece by piece, never all at once."""
 
-    def __init__(self, folder: Path | str, *, check: bool = False, manifest: Manifest | None = None) -> None:
-        """Open a folder; sizes of all files are compared with the manifest, and with `check` their hashes.
-        `manifest` stands in for the folder's own where that is not written yet.
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        check: bool = False,
+        manifest: Manifest | None = None,
+        cache: Cache | None = None,
+    ) -> None:
+        """Open a folder or URL; sizes of all files are compared with the manifest, with `check` their hashes.
+        `manifest` stands in for the folder's own where that is not written yet. What is read from a URL is
+        brought to `cache`, where the environment says if it is None; its hash is compared when it comes.
 
-        Raises UserError when it holds no activations, IntegrityError naming the file that does not match.
+        Raises UserError when it holds no activations or cannot be opened, IntegrityError naming the file
+        that does not match, OSError naming a URL that fails again and again.
         """
-        self.folder = Path(folder)
-        self.manifest: Manifest = manifest or read_manifest(self.folder, kind=KIND)
-        for name, entry in self.manifest.files.items():
-            path = self.folder / name
-            if not path.is_file():
-                raise IntegrityError(f"{path} is missing; restore it or capture again")
-            if (size := path.stat().st_size) != entry.bytes:
-                raise IntegrityError(
-                    f"{path} has {size} bytes where its manifest lists {entry.bytes}; restore it or capture"
-                    " again"
-                )
-        if check:
-            check_files(self.folder)
+        self.folder: Path | str = folder if is_url(folder) else Path(folder)
+        """The folder, or the URL as text."""
+        self._fetched: Fetched | None = None
+        if isinstance(self.folder, str):
+            self._fetched = Fetched(Remote(self.folder), KIND, cache or default_cache(), check=check)
+            self.manifest: Manifest = self._fetched.manifest
+        else:
+            self.manifest = manifest or read_manifest(self.folder, kind=KIND)
+            _check(self.folder, self.manifest, check)
         facts = self.manifest.facts
         self.sites: tuple[Site, ...] = tuple(Site.parse(name) for name in facts["sites"])
         self.n_tokens: int = facts["tokens"]
@@ -66,11 +74,13 @@ class ActivationStore:
         self.shard_tokens: int = facts["shard_tokens"]
         """Rows in every shard but the last."""
         count = -(-self.n_tokens // self.shard_tokens)
-        self.shards: tuple[Path, ...] = tuple(self.folder / shard_name(i) for i in range(count))
+        for name in map(shard_name, range(count)):
+            if name not in self.manifest.files:
+                raise IntegrityError(f"{self.folder}/{name} is not listed in the manifest; capture again")
+        home = Path(self.folder).joinpath if self._fetched is None else self._fetched.home
+        self.shards: tuple[Path, ...] = tuple(home(shard_name(i)) for i in range(count))
+        """The shards' files; of a URL, where they lie once they are here."""
         self._places: dict[int, dict[str, Place]] = {}
-        for shard in self.shards:
-            if shard.name not in self.manifest.files:
-                raise IntegrityError(f"{shard} is not listed in the manifest; capture again")
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -143,18 +153,34 @@ class ActivationStore:
         """Room for n rows of a site."""
         return Rows.empty(n, self.d_in(site), self.dtype)
 
+    def file(self, name: str) -> Path:
+        """One of its files on this disk; from a URL it is brought here first."""
+        return Path(self.folder, name) if self._fetched is None else self._fetched.path(name)
+
+    def require_room(self) -> None:
+        """Raise UserError unless all of it can be on this disk at once, as reading here and there needs."""
+        if self._fetched is not None:
+            self._fetched.require_room()
+
     def gather(self, site: Site | str, runs: Sequence[tuple[int, int]], rows: Rows) -> None:
         """Fill the first of `rows` with runs of a site's rows one after another.
 
         A run is its first row, counted through all shards, and how many; none crosses the end of a shard.
         """
         name, n = str(self.site(site)), sum(length for _, length in runs)
+        if self._fetched is not None:  # begun with all of them, they come side by side
+            self.expect(site, runs)
         self._fill(name, runs, rows.values[:n])
         if rows.scale is not None:
             self._fill(name + SCALE, runs, rows.scale[:n])
 
     def expect(self, site: Site | str, runs: Sequence[tuple[int, int]]) -> None:
-        """Tell the system, where it can be told, that these runs of a site's rows will be read soon."""
+        """Tell the system, where it can be told, that these runs of a site's rows will be read soon; from a
+        URL, begin to bring their shards."""
+        if self._fetched is not None:
+            shards = dict.fromkeys(first // self.shard_tokens for first, _ in runs)
+            self._fetched.expect(map(shard_name, shards))
+            return
         if not hasattr(os, "posix_fadvise"):
             return
         name = str(self.site(site))
@@ -180,7 +206,7 @@ class ActivationStore:
 
     def documents(self) -> Iterator[dict[str, Any]]:
         """The documents in the order of their indices: id, tokens, captured."""
-        with (self.folder / DOCUMENTS).open(encoding="utf-8") as file:
+        with self.file(DOCUMENTS).open(encoding="utf-8") as file:
             for line in file:
                 yield json.loads(line)
 
@@ -189,10 +215,10 @@ class ActivationStore:
         # memory, as many as have ever been touched.
         place_in, filled = memory(out), 0
         for shard, mine in groupby(runs, lambda run: run[0] // self.shard_tokens):
-            path = self.shards[shard]
             place = self._place(shard, name, out)
+            file = self._open(shard)
             try:
-                with path.open("rb", buffering=0) as file:
+                with file:
                     for first, rows in mine:
                         file.seek(place.offset + (first - shard * self.shard_tokens) * place.pitch)
                         end = filled + rows * place.pitch
@@ -201,23 +227,48 @@ class ActivationStore:
                         if filled < end:
                             raise OSError("it ends early")
             except OSError as error:
-                raise self._unreadable(path, error) from error
+                raise self._unreadable(shard, error) from error
+
+    def _open(self, shard: int) -> FileIO:
+        if self._fetched is not None:
+            return self._fetched.open(shard_name(shard))  # what goes wrong on the way is no damage
+        try:
+            return self.shards[shard].open("rb", buffering=0)
+        except OSError as error:
+            raise self._unreadable(shard, error) from error
 
     def _place(self, shard: int, name: str, out: Tensor) -> Place:
         """Where a column is in a shard's file; checked to be what the manifest says and `out` holds."""
-        path = self.shards[shard]
         if shard not in self._places:
+            path = self.file(shard_name(shard))
             try:
                 self._places[shard] = places(path)
             except (OSError, ValueError) as error:
-                raise self._unreadable(path, error) from error
+                raise self._unreadable(shard, error) from error
         place = self._places[shard].get(name)
         wanted = (out.dtype, (self.rows(shard), *out.shape[1:]))
         if place is None or (place.dtype, place.shape) != wanted:
             raise IntegrityError(
-                f"{path} does not hold the {name} that its manifest lists; restore it or capture again"
+                f"{self._at(shard)} does not hold the {name} that its manifest lists; restore it or capture"
+                " again"
             )
         return place
 
-    def _unreadable(self, path: Path, error: Exception) -> IntegrityError:
-        return IntegrityError(f"{path} cannot be read ({error}); restore it or capture again")
+    def _unreadable(self, shard: int, error: Exception) -> IntegrityError:
+        return IntegrityError(f"{self._at(shard)} cannot be read ({error}); restore it or capture again")
+
+    def _at(self, shard: int) -> str:
+        return f"{self.folder}/{shard_name(shard)}"
+
+
+def _check(folder: Path, manifest: Manifest, hashes: bool) -> None:
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise IntegrityError(f"{path} is missing; restore it or capture again")
+        if (size := path.stat().st_size) != entry.bytes:
+            raise IntegrityError(
+                f"{path} has {size} bytes where its manifest lists {entry.bytes}; restore it or capture again"
+            )
+    if hashes:
+        check_files(folder)

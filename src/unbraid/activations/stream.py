@@ -57,6 +57,7 @@ def batches(
     found = store.site(site)
     if not store.n_tokens:
         raise UserError(f"{store.folder} holds no rows; capture some tokens")
+    store.require_room()
     total = store.n_tokens * epochs if epochs is not None else batch_size * (steps or 0)
     shuffle = Shuffle.of(store, seed, buffer_shards)
 

@@ -92,7 +92,7 @@ class Rendered(NamedTuple):
     """The document's mask."""
 
 
-def require_tokenizer(lm: LanguageModel, wanted: str, what: Path) -> None:
+def require_tokenizer(lm: LanguageModel, wanted: str, what: Path | str) -> None:
     """Raise UserError when `what` was made with another tokenizer, or chat template, than the model's, or
     does not say with which (`wanted` is empty).
 

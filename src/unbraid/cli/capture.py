@@ -1,4 +1,4 @@
-"""`unbraid capture`: a model's activations on a corpus, as shards on disk."""
+"""`unbraid capture`: a model's activations on a corpus, as shards on disk or at a URL."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ import tyro
 
 from unbraid.activations.capture import CaptureConfig, CaptureOptions, capture, space_of
 from unbraid.activations.documents import read_documents
+from unbraid.activations.elsewhere import Elsewhere
 from unbraid.activations.scrub import Scrubber
 from unbraid.activations.store import ActivationStore
 from unbraid.cli.models import open_model
 from unbraid.cli.progress import shown
 from unbraid.manifest.errors import UserError
+from unbraid.manifest.remote import is_url
 from unbraid.model.sites import Site
 
 
@@ -33,11 +35,13 @@ class Options:
     text: Path | None = None
     """Corpus: .jsonl or .parquet with text or messages, .txt with documents between blank lines, or a Hugging
     Face dataset as hf:owner/name[:split]; #field after it names another field of text or messages."""
-    out: Path | None = None
-    """Folder to make; a capture that was killed goes on where it stopped."""
-    append: Path | None = None
-    """Folder of a finished capture whose tokens --out begins with, as links: what it has read of --text is
-    passed over. It stays as it is; --site is taken from it, and other options must be those of then."""
+    out: str | None = None
+    """Folder to make, or a URL that fsspec can write to, such as s3://bucket/acts; a capture that was killed
+    goes on where it stopped."""
+    append: str | None = None
+    """Folder or URL of a finished capture whose tokens --out begins with, as links: what it has read of
+    --text is passed over. It stays as it is; --site is taken from it, and other options must be those of
+    then."""
     list_sites: str = ""
     """Model folder or Hub name whose sites to print instead, with layers and width."""
     config: Annotated[CaptureOptions, tyro.conf.arg(name="")] = field(default_factory=CaptureOptions)
@@ -70,6 +74,8 @@ def run(options: Options) -> None:
         missing = ", ".join(f"--{name}" for name, value in given if not value)
         raise UserError(f"{missing} must be given, or --list-sites MODEL alone")
     config = CaptureConfig(**asdict(options.config), sites=tuple(map(Site.parse, sites)))
+    if is_url(options.out):
+        Elsewhere(options.out)
     next(read_documents(options.text))  # a wrong file is told before a large model is loaded
     if config.scrub:
         Scrubber(config.scrub_model)  # as is what it lacks

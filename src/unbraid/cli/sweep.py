@@ -27,8 +27,8 @@ from unbraid.training.grid import Grid
 class Options:
     """What to train on, what to compare, and on which text."""
 
-    activations: Path
-    """Folder that `unbraid capture` made."""
+    activations: str
+    """Folder or URL that `unbraid capture` made."""
     model: str
     """The model that was captured, to measure on: folder or Hub name; "practice" is the practice assistant.
     """

@@ -36,9 +36,10 @@ class Options:
 
     out: Path
     """Folder to make; a run that was killed goes on from its last checkpoint."""
-    activations: tuple[Path, ...] = ()
-    """Folder that `unbraid capture` or `unbraid import` made; several of the same text for a crosscoder of
-    several models."""
+    activations: tuple[str, ...] = ()
+    """Folder or URL that `unbraid capture` or `unbraid import` made; several of the same text for a
+    crosscoder of several models. What is read from a URL is kept in UNBRAID_CACHE (~/.cache/unbraid), up to
+    UNBRAID_CACHE_SIZE (20GB)."""
     follow: bool = False
     """Read the activations in the order of capture, shuffled within a buffer, and wait for what is not there
     yet: the capture may still run. The autoencoder is finished when the capture is."""

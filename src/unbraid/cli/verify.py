@@ -13,14 +13,15 @@ from rich.table import Table
 from unbraid.cli.progress import shown
 from unbraid.manifest.errors import IntegrityError
 from unbraid.manifest.lineage import LineageReport, verify
+from unbraid.manifest.remote import is_url
 
 
 @dataclass(frozen=True)
 class Options:
     """What to verify and how to say it."""
 
-    dir: tyro.conf.Positional[Path]
-    """Folder that holds artifacts, or is one."""
+    dir: tyro.conf.Positional[str]
+    """Folder that holds artifacts, or is one; or the URL of one."""
     json: bool = False
     """Print the report as JSON instead of a table."""
 
@@ -28,7 +29,7 @@ class Options:
 def run(options: Options) -> None:
     """Print what lies below a folder; IntegrityError naming the first file that does not fit."""
     with shown("verify", "artifacts") as progress:
-        report = verify(options.dir, progress=progress)
+        report = verify(options.dir if is_url(options.dir) else Path(options.dir), progress=progress)
     if options.json:
         print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -111,6 +112,8 @@ def building(out: Path) -> Generator[Path, None, None]:
     being built by another run, and OSError, naming the folder or the file in it and saying that the same
     command goes on, when the disk is full or fails.
     """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:[/\\]", str(out)):  # a Path has made one slash of a URL's two
+        raise UserError(f"{out} is a URL, where only `unbraid capture` can write; choose a folder for --out")
     out = Path(os.path.abspath(out))
     if out.exists():
         raise UserError(f"{out} exists already; choose another --out or delete it")
@@ -119,7 +122,7 @@ def building(out: Path) -> Generator[Path, None, None]:
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{partial} cannot be made ({error.strerror}); choose another --out") from error
-    with _held(partial, out):
+    with held(partial, out):
         # Half a file from a killed run, ours or a library's own (safetensors: .tmp…), is no part of it.
         for stray in partial.rglob(".*"):
             if stray.is_file():
@@ -140,7 +143,7 @@ def building(out: Path) -> Generator[Path, None, None]:
 
 
 @contextmanager
-def _held(folder: Path, out: Path) -> Generator[None, None, None]:
+def held(folder: Path, out: Path | str) -> Generator[None, None, None]:
     """Hold an advisory lock on a folder where the system has them; it goes when the process dies."""
     try:
         import fcntl

@@ -12,6 +12,7 @@ from unbraid.manifest.errors import IntegrityError, UserError
 from unbraid.manifest.files import PARTIAL
 from unbraid.manifest.progress import Progress
 from unbraid.manifest.record import MANIFEST, Manifest, check_files, read_manifest
+from unbraid.manifest.remote import Remote, is_url
 
 SPLIT_DOCUMENTS = "documents.txt"
 
@@ -50,13 +51,16 @@ class LineageReport:
         }
 
 
-def verify(root: Path, *, progress: Progress | None = None) -> LineageReport:
+def verify(root: Path | str, *, progress: Progress | None = None) -> LineageReport:
     """Check every artifact below `root`: its id, its files, the ids of its inputs, and the splits.
 
     Folders that are still being built (`.partial`) are passed over. An input that lies outside `root` is
-    followed where the manifest says it lived and checked like the rest. Raises UserError when `root` is no
-    folder or holds no artifact.
+    followed where the manifest says it lived and checked like the rest. A URL is that of one artifact, whose
+    files are hashed as they come. Raises UserError when `root` is no folder or holds no artifact.
     """
+    if is_url(root):
+        return _verify_url(root, progress)
+    root = Path(root)
     if not root.is_dir():
         raise UserError(f"{root} is not a folder; name one that holds artifacts")
     waiting = list(_folders(root))
@@ -93,6 +97,21 @@ def verify(root: Path, *, progress: Progress | None = None) -> LineageReport:
         artifacts=tuple(sorted(artifacts, key=lambda artifact: artifact.path)),
         problems=(*own, *broken_links, *_shared_documents(manifests)),
         external=external,
+    )
+
+
+def _verify_url(url: str, progress: Progress | None) -> LineageReport:
+    remote = Remote(url)
+    manifest = remote.manifest()
+    problem: str | None = None
+    try:
+        remote.check_all(manifest, progress)
+    except IntegrityError as error:
+        problem = str(error)
+    return LineageReport(
+        artifacts=(Artifact(path=".", kind=manifest.kind, id=manifest.id, problem=problem),),
+        problems=() if problem is None else (problem,),
+        external=manifest.inputs,
     )
 
 

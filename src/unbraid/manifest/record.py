@@ -80,7 +80,8 @@ class Manifest:
     schema: int = SCHEMA
     """Version of this format."""
     paths: dict[str, str] | None = None
-    """Where each input lived, relative to the folder; a hint for walking the lineage, no part of the id."""
+    """Where each input lived, relative to the folder, or its URL; a hint for walking the lineage, no part of
+    the id."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return what stands in the file."""
@@ -98,27 +99,31 @@ def write_manifest(
     seed: int | None,
     inputs: Mapping[str, str],
     facts: Mapping[str, Any],
-    paths: Mapping[str, Path] | None = None,
+    paths: Mapping[str, Path | str] | None = None,
     without: str = "",
     known: Mapping[str, FileEntry] | None = None,
 ) -> Manifest:
     """Hash every file below `folder`, write `manifest.json` into it and return what was written.
 
     The file `without` is not listed: one that is needed until there is a manifest, and then removed. Files
-    that are `known` by name, having been hashed as they were written, are not read again.
-    `paths` says where inputs lie on this machine; they are stored relative to `folder`. Raises ValueError for
-    an input or file called "time" or "times" (ids leave such keys out) and for NaN among the facts.
+    that are `known` by name, having been hashed as they were written, are not read again, and may lie
+    elsewhere. `paths` says where inputs lie: on this machine, stored relative to `folder`, or at a URL.
+    Raises ValueError for an input or file called "time" or "times" (ids leave such keys out) and for NaN
+    among the facts.
     """
     known = known or {}
     files = {
         name: known[name] if name in known else FileEntry.of(folder / name)
-        for name in list_files(folder)
+        for name in sorted({*list_files(folder), *known})
         if name != without
     }
     if clash := TIME_KEYS & (files.keys() | inputs.keys()):
         raise ValueError(f"an input or file cannot be called {min(clash)!r}: ids leave times out")
     made_by = MadeBy(version=_version(), command=command, seed=seed)
-    where = {name: Path(os.path.relpath(path, folder)).as_posix() for name, path in (paths or {}).items()}
+    where = {
+        name: path if isinstance(path, str) else Path(os.path.relpath(path, folder)).as_posix()
+        for name, path in (paths or {}).items()
+    }
     # Through JSON and back, so that what is returned here equals what a reader gets.
     record = json.loads(
         canonical_json(
@@ -153,12 +158,19 @@ def read_manifest(folder: Path, *, kind: str | None = None) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        record = json.loads(path.read_bytes())
+        data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         wanted = f"an artifact of kind {kind}" if kind else "an artifact"
         raise UserError(f"{folder} is not {wanted}: it has no {MANIFEST}; check the path") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
+    return manifest_of(data, folder, path, kind)
+
+
+def manifest_of(data: bytes, folder: Path | str, path: Path | str, kind: str | None = None) -> Manifest:
+    """Check the bytes of a manifest, whose folder and path may be URLs; raises as `read_manifest` does."""
+    try:
+        record = json.loads(data)
     except ValueError as error:
         raise UserError(f"{path} is not JSON; restore it or make the artifact again") from error
     manifest = _parse(path, record)
@@ -218,7 +230,7 @@ def _version() -> str:
         return "uninstalled"
 
 
-def _parse(path: Path, record: Any) -> Manifest:
+def _parse(path: Path | str, record: Any) -> Manifest:
     """Turn parsed JSON into a Manifest, refusing a newer schema, a wrong id and a wrong shape."""
     if not isinstance(record, dict):
         raise IntegrityError(f"{path} is not a manifest; restore it or make the artifact again")
