@@ -41,9 +41,10 @@ from subjects import BATCH_TOKENS, CONTEXT, Batches
 from turns import CLOCKS, Result, clock, timed, turns
 
 from training import machine, versions
-from unbraid.activations import capture as room
-from unbraid.activations.capture import CaptureConfig, capture
+from unbraid.activations import reading as room
+from unbraid.activations.capture import capture
 from unbraid.activations.documents import Document
+from unbraid.activations.reading import CaptureConfig
 from unbraid.activations.store import ActivationStore
 from unbraid.evaluation.evaluate import evaluate_all
 from unbraid.model.load import LanguageModel

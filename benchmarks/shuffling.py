@@ -26,10 +26,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from unbraid.activations.capture import CaptureConfig, capture
+from unbraid.activations.capture import capture
 from unbraid.activations.documents import Document, read_documents
 from unbraid.activations.follow import Following
 from unbraid.activations.mixing import documents_of, measure, order_of_capture, order_of_store
+from unbraid.activations.reading import CaptureConfig
 from unbraid.activations.store import ActivationStore
 from unbraid.activations.stream import batches
 from unbraid.model.load import load_model

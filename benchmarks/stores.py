@@ -17,8 +17,9 @@ from subjects import BATCH_TOKENS, CONTEXT, real, stories, tiny
 from turns import Result, timed, turns
 
 from training import synthetic
-from unbraid.activations.capture import CaptureConfig, capture
+from unbraid.activations.capture import capture
 from unbraid.activations.documents import Document
+from unbraid.activations.reading import CaptureConfig
 from unbraid.activations.rows import Stored
 from unbraid.activations.shards import ShardWriter
 from unbraid.activations.store import KIND, ActivationStore

@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from unbraid.activations import scrub, shards
-from unbraid.activations.capture import CaptureConfig, capture
+from unbraid.activations.capture import capture
+from unbraid.activations.reading import CaptureConfig
 from unbraid.activations.store import KIND, ActivationStore
 from unbraid.activations.text import Document
 from unbraid.manifest.errors import IntegrityError, UserError

@@ -16,9 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from unbraid.activations import capture as room
-from unbraid.activations.capture import CaptureConfig, capture
+from unbraid.activations import reading as room
+from unbraid.activations.capture import capture
 from unbraid.activations.plan import Piece, Plan, batched
+from unbraid.activations.reading import CaptureConfig
 from unbraid.activations.store import ActivationStore
 from unbraid.activations.text import Document, TokenisedDocument, tokenise, windows
 from unbraid.manifest.errors import IntegrityError, UserError

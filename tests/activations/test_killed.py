@@ -29,7 +29,8 @@ SERVER = """
 import json, os, sys
 import numpy as np
 from pathlib import Path
-from unbraid.activations.capture import CaptureConfig, capture
+from unbraid.activations.capture import capture
+from unbraid.activations.reading import CaptureConfig
 from unbraid.activations.documents import Document
 from unbraid.model.load import load_model
 

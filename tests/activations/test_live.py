@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from unbraid.activations import live as room
-from unbraid.activations.capture import CaptureConfig, capture
+from unbraid.activations.capture import capture
 from unbraid.activations.documents import Document
 from unbraid.activations.follow import Following
 from unbraid.activations.live import Live
 from unbraid.activations.plan import LOOK_AHEAD
+from unbraid.activations.reading import CaptureConfig
 from unbraid.manifest.errors import UserError
 from unbraid.model.load import LanguageModel
 from unbraid.model.sites import Site

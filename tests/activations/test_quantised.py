@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from unbraid.activations.capture import CaptureConfig, capture
+from unbraid.activations.capture import capture
 from unbraid.activations.documents import Document
+from unbraid.activations.reading import CaptureConfig
 from unbraid.model.load import LanguageModel, load_model, wrap_model
 from unbraid.model.read import read_sites
 from unbraid.model.sites import Site

@@ -21,10 +21,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from unbraid.activations import cache as caching
 from unbraid.activations.cache import Cache, Fetched
-from unbraid.activations.capture import CaptureConfig, capture, space_of
+from unbraid.activations.capture import capture, space_of
 from unbraid.activations.documents import Document
 from unbraid.activations.elsewhere import Elsewhere
 from unbraid.activations.follow import Following
+from unbraid.activations.reading import CaptureConfig
 from unbraid.activations.store import ActivationStore
 from unbraid.activations.stream import batches
 from unbraid.manifest import remote
@@ -282,7 +283,8 @@ def test_a_wrong_option_leaves_nothing_at_the_url(lm: LanguageModel, tmp_path: P
 KILLED = """
 import os, signal, sys
 from unbraid.activations import elsewhere
-from unbraid.activations.capture import CaptureConfig, capture
+from unbraid.activations.capture import capture
+from unbraid.activations.reading import CaptureConfig
 from unbraid.activations.documents import Document
 from unbraid.model.load import load_model
 
@@ -422,7 +424,7 @@ def test_a_cache_that_cannot_hold_all_reads_in_order_and_refuses_to_shuffle(
 
     def look(call: str, path: str, data: bytes) -> bytes:
         folder = tmp_path / "cache" / "shards"
-        largest.append(sum(entry.stat().st_size for entry in os.scandir(folder)) if folder.exists() else 0)
+        largest.append(sum(size for _, _, size in caching._files(folder)) if folder.exists() else 0)
         return data
 
     troubled(monkeypatch, look)

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from unbraid.activations import shards
-from unbraid.activations.capture import CaptureConfig, capture
+from unbraid.activations.capture import capture
+from unbraid.activations.reading import CaptureConfig
 from unbraid.activations.shards import COLUMNS, FINISHED, ShardWriter
 from unbraid.activations.stream import batches
 from unbraid.activations.text import Document

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import pytest
 
 from unbraid.activations import space
-from unbraid.activations.capture import CaptureConfig, capture, space_of
+from unbraid.activations.capture import capture, space_of
+from unbraid.activations.reading import CaptureConfig
 from unbraid.activations.space import Space, parse_size, show_size
 from unbraid.activations.text import Document
 from unbraid.manifest.errors import UserError
@@ -142,7 +143,8 @@ def test_a_continued_capture_asks_for_the_rest_alone(monkeypatch: pytest.MonkeyP
 FULL = """
 import os, sys
 from pathlib import Path
-from unbraid.activations.capture import CaptureConfig, capture
+from unbraid.activations.capture import capture
+from unbraid.activations.reading import CaptureConfig
 from unbraid.activations.documents import Document
 from unbraid.activations.space import Space
 from unbraid.model.load import load_model

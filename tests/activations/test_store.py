@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from unbraid.activations.capture import CaptureConfig, capture
+from unbraid.activations.capture import capture
+from unbraid.activations.reading import CaptureConfig
 from unbraid.activations.store import ActivationStore
 from unbraid.activations.text import Document
 from unbraid.manifest.errors import IntegrityError, UserError

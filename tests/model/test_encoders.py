@@ -12,8 +12,9 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from unbraid.activations.capture import CaptureConfig, capture
+from unbraid.activations.capture import capture
 from unbraid.activations.documents import Document
+from unbraid.activations.reading import CaptureConfig
 from unbraid.manifest.errors import UserError
 from unbraid.model.apply import applied
 from unbraid.model.edits import Edit

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from unbraid.activations.capture import CaptureConfig, capture
+from unbraid.activations.capture import capture
 from unbraid.activations.documents import Document
+from unbraid.activations.reading import CaptureConfig
 from unbraid.features.find import FindConfig, find
 from unbraid.features.scores import DocumentScores, document_scores
 from unbraid.model import Site, load_model

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from unbraid.activations.capture import CaptureConfig, capture
+from unbraid.activations.capture import capture
 from unbraid.activations.documents import Document
+from unbraid.activations.reading import CaptureConfig
 from unbraid.activations.store import ActivationStore
 from unbraid.evaluation.evaluate import evaluate
 from unbraid.manifest.errors import UserError

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from unbraid.activations.capture import CaptureConfig, capture
+from unbraid.activations.capture import capture
 from unbraid.activations.documents import Document
 from unbraid.activations.follow import Following, Stalled
 from unbraid.activations.live import Live
+from unbraid.activations.reading import CaptureConfig
 from unbraid.activations.store import ActivationStore
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.files import partial_of

@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbraid.activations.capture import (
+from unbraid.activations.documents import Document
+from unbraid.activations.inorder import BUFFER_TOKENS, InOrder, Origin
+from unbraid.activations.plan import Piece
+from unbraid.activations.reading import (
     CaptureConfig,
     check_fits,
     check_range,
@@ -22,9 +25,6 @@ from unbraid.activations.capture import (
     read_batch,
     settings_of,
 )
-from unbraid.activations.documents import Document
-from unbraid.activations.inorder import BUFFER_TOKENS, InOrder, Origin
-from unbraid.activations.plan import Piece
 from unbraid.activations.rows import Rows
 from unbraid.activations.scrub import Scrubber
 from unbraid.activations.strata import Strata

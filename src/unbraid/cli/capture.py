@@ -12,9 +12,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from unbraid.activations.capture import CaptureConfig, CaptureOptions, capture, space_of
+from unbraid.activations.capture import capture, space_of
 from unbraid.activations.documents import read_documents
 from unbraid.activations.elsewhere import Elsewhere
+from unbraid.activations.reading import CaptureConfig, CaptureOptions
 from unbraid.activations.scrub import Scrubber
 from unbraid.activations.store import ActivationStore
 from unbraid.cli.models import open_model

@@ -11,11 +11,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from unbraid.activations.capture import CaptureConfig, ReadOptions
 from unbraid.activations.documents import read_documents
 from unbraid.activations.follow import Following
 from unbraid.activations.inorder import BUFFER_TOKENS
 from unbraid.activations.live import Live
+from unbraid.activations.reading import CaptureConfig, ReadOptions
 from unbraid.activations.store import ActivationStore
 from unbraid.cli.models import open_model
 from unbraid.cli.progress import shown
