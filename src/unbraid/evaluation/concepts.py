@@ -223,7 +223,8 @@ def _measurable(documents: Sequence[Document], splits: NDArray[np.str_]) -> tupl
             f" a concept needs about {4 * LEAST} documents"
         )
     few = sorted(set(seen) - set(names))
-    note = f"left out, in fewer than {LEAST} documents of a split: {', '.join(few)}"
+    note = f"left out, in fewer than {LEAST} documents of a split: {', '.join(few[:8])}"
+    note += f" and {len(few) - 8} more" if len(few) > 8 else ""
     return names, [note] if few else []
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from unbraid.activations.documents import Document
 from unbraid.evaluation.baselines import random_directions, untrained
 from unbraid.evaluation.concepts import ConceptRow, concepts
@@ -33,7 +35,8 @@ def practice_concepts(
     reading = Reading(sae.site)
     x = sample(lm, documents[:: max(1, len(documents) // 200)], reading)
     saes = {"sae": sae, UNTRAINED: untrained(sae, x, seed), RANDOM: random_directions(sae, x, seed)}
-    return concepts(saes, (UNTRAINED, RANDOM), lm, documents, reading, seed, progress=progress)
+    result, found = concepts(saes, (UNTRAINED, RANDOM), lm, documents, reading, seed, progress=progress)
+    return replace(result, site=str(sae.site)), found
 
 
 def document(conversation: Conversation) -> Document:
