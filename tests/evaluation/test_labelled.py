@@ -12,11 +12,22 @@ from hypothesis import strategies as st
 
 from unbraid.activations.documents import Document
 from unbraid.activations.text import tokenise
-from unbraid.evaluation.labelled import LEAST, SHARES, Reading, encode, pool, sample, split_documents, tasks
+from unbraid.evaluation.labelled import (
+    LEAST,
+    SHARES,
+    Reading,
+    detectable,
+    encode,
+    pool,
+    sample,
+    split_documents,
+    tasks,
+)
 from unbraid.manifest.errors import UserError
 from unbraid.model.load import LanguageModel
 from unbraid.model.sites import Site
 from unbraid.sae.base import SAE
+from unbraid.stats.bootstrap import Interval
 
 from .planted import labelled
 
@@ -119,3 +130,15 @@ def test_what_is_not_finite_or_empty_is_refused(
         pool(lm, documents[:3], {"sae": sae}, Reading(SITE, "reply"))
     with pytest.raises(UserError, match="no token to read"):
         sample(lm, documents[:3], Reading(SITE, "reply"))
+
+
+def test_a_detectable_difference_is_seen_four_times_in_five() -> None:
+    rng = np.random.default_rng(0)
+    n, spread = 50, 2.0
+    half = 1.96 * spread / n**0.5
+    row = {"m": Interval(0, -half, half, n), "point": Interval(0, 0, 0, 1)}
+    found = detectable({"a": row, "b": {"m": Interval(1, 1 - half / 2, 1 + half / 2, n)}})
+    assert found["point"] is None and found["m"] is not None
+    a, b = (rng.normal(size=(4000, n)).mean(axis=1) * spread + shift for shift in (0, found["m"]))
+    noticed = np.abs(a - b) > 1.96 * 2**0.5 * spread / n**0.5
+    assert noticed.mean() == pytest.approx(0.8, abs=0.03)

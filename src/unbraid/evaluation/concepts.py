@@ -33,6 +33,7 @@ from unbraid.evaluation.labelled import (
     Reading,
     Rows,
     SuiteResult,
+    detectable,
     split_documents,
 )
 from unbraid.evaluation.tokens import Columns, Counts, candidate_columns, count_tokens
@@ -72,15 +73,15 @@ DEFINITIONS: dict[str, Definition] = {
     "auroc": Definition(
         "AUROC of the latent's value for its concept",
         "chance that a test token with the concept has a higher value than one without, ties half;"
-        " interval from"
-        f" values in 256 steps by rank; {_BEST}; DiffMean: the projection on the direction{_MEAN}",
+        f" interval from values in 256 steps by rank; {_BEST}; DiffMean: the projection on the"
+        f" direction{_MEAN}",
         "higher",
     ),
     "split": Definition(
         "latents that the concept needs",
         "latents joined greedily by the F1 of any of them firing on select (among the 12 best alone), as"
-        " long as"
-        f" one adds 0.01 of recall on fit without lowering F1 there, fit's documents drawn again{_MEAN}",
+        " long as one adds 0.01 of recall on fit without lowering F1 there, fit's documents drawn"
+        f" again{_MEAN}",
         "lower",
     ),
     "split_purity": Definition(
@@ -95,19 +96,18 @@ DEFINITIONS: dict[str, Definition] = {
     ),
     "absorbed": Definition(
         "share of the concept's tokens that another latent has taken over",
-        "test tokens with the concept where no joined latent fires and the firing latent with the largest"
-        " f·cos(W_dec, p) has cos ≥ 0.025 and f·cos ≥ 0.4 (x − E x)·p > 0, p the unit difference of means"
-        " of tokens"
-        f" with and without the concept on select, E x over select / test tokens with the concept;"
-        f" {_BEST}{_MEAN}",
+        "test tokens with the concept where no joined latent fires and the firing latent with the"
+        " largest f·cos(W_dec, p) has cos ≥ 0.025 and f·cos ≥ 0.4 (x − E x)·p > 0, p the unit difference"
+        " of means of tokens with and without the concept on select, E x over select / test tokens with"
+        f" the concept; {_BEST}{_MEAN}",
         "lower",
     ),
     "found": Definition(
         "share of the concepts that have a latent",
         "share of concepts whose best latent has a familywise p ≤ 0.05 on select: AUROC of the latent's"
-        " highest"
-        " value in a document for documents with the concept, against the largest over all latents under 200"
-        f" permutations of the documents' labels; Wilson's interval over concepts; {_BEST}",
+        " highest value in a document for documents with the concept, against the largest over all"
+        " latents under 200 permutations of the documents' labels; Wilson's interval over concepts;"
+        f" {_BEST}",
         "higher",
     ),
 }
@@ -198,7 +198,9 @@ def concepts(
     first = next(iter(columns.values()))
     rows[DIFFMEAN] = {"auroc": _mean(_projections(first["test"], seed, resamples), n_documents(first))}
     details = {name: [row.as_dict() for row in found] for name, found in by_concept.items()}
-    result = SuiteResult("concepts", rows, (*baselines, DIFFMEAN), {}, {"concepts": details}, tuple(notes))
+    result = SuiteResult(
+        "concepts", rows, (*baselines, DIFFMEAN), detectable(rows), {"concepts": details}, tuple(notes)
+    )
     return result, by_concept
 
 
@@ -219,8 +221,7 @@ def _measurable(documents: Sequence[Document], splits: NDArray[np.str_]) -> tupl
         known = f"{len(seen)} concepts found" if seen else "no document has the field concepts"
         raise UserError(
             f"no concept stands in {LEAST} of the {len(documents)} documents in each of the three splits"
-            f" ({known});"
-            f" a concept needs about {4 * LEAST} documents"
+            f" ({known}); a concept needs about {4 * LEAST} documents"
         )
     few = sorted(set(seen) - set(names))
     note = f"left out, in fewer than {LEAST} documents of a split: {', '.join(few[:8])}"

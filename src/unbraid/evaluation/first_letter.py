@@ -32,6 +32,7 @@ from unbraid.evaluation.labelled import (
     Rows,
     SuiteResult,
     Task,
+    detectable,
     pool,
     split_documents,
     tasks,
@@ -53,13 +54,11 @@ FRACTION_COSINE, FRACTION_LATENTS = 0.1, 3
 
 _HOW = (
     "first letter, version 1: vocabulary words of three or more ASCII letters after a space, the"
-    " activation at the"
-    " word's last token as a text of its own; probes are logistic regressions (L2, C=1, standardised)"
-    " fitted on"
-    " fit; main latents: the largest mean differences on select, joined while the F1 on select of a probe"
-    " fitted on"
-    " fit rises by 0.03, at most 10; test words of the letter that the dense probe gets right; words split"
-    " 35:30:35 by hash and seed, classes of equal size for fitting; mean over letters"
+    " activation at the word's last token as a text of its own; probes are logistic regressions (L2, C=1,"
+    " standardised) fitted on fit; main latents: the largest mean differences on select, joined while the"
+    " F1 on select of a probe fitted on fit rises by 0.03, at most 10; test words of the letter that the"
+    " dense probe gets right; words split 35:30:35 by hash and seed, classes of equal size for fitting;"
+    " mean over letters"
 )
 DEFINITIONS: dict[str, Definition] = {
     "mean_full_absorption_score": Definition(
@@ -70,10 +69,9 @@ DEFINITIONS: dict[str, Definition] = {
     ),
     "mean_absorption_fraction_score": Definition(
         "share of the letter's projection that absorbing latents carry",
-        "0 where the main latents' f·cos reaches x·p, or where the three largest f·cos > 0 of others with"
-        f" cos ≥ 0.1 are below 0.4 x·p; 1 where the main latents' is not positive; else min(others, x·p −"
-        f" main) /"
-        f" (that + main); {_HOW}",
+        "0 where the main latents' f·cos reaches x·p, or where the three largest f·cos > 0 of others"
+        " with cos ≥ 0.1 are below 0.4 x·p; 1 where the main latents' is not positive; else min(others,"
+        f" x·p − main) / (that + main); {_HOW}",
         "lower",
     ),
     "mean_num_split_features": Definition(
@@ -118,8 +116,7 @@ def absorption_first_letter(
     except UserError as error:
         raise UserError(
             f"the vocabulary of {lm.name} has {len(asked_words)} plain words, too few to probe for first"
-            f" letters;"
-            " leave absorption out"
+            " letters; leave absorption out"
         ) from error
     pooled = pool(lm, asked_words, saes, at_end, progress)
     letters = np.array([word.labels["first letter"] for word in asked_words])
@@ -155,7 +152,7 @@ def absorption_first_letter(
         }  # fmt: skip
     lost = [task.name for task, found in zip(asked, scored, strict=True) if not len(found[0])]
     notes = (f"no test word that the probe gets right: {', '.join(lost)}",) if lost else ()
-    return SuiteResult("absorption", rows, tuple(baselines), details={"letters": details}, notes=notes)
+    return SuiteResult("absorption", rows, tuple(baselines), detectable(rows), {"letters": details}, notes)
 
 
 def _scored(raw: Matrix, task: Task, letters: Any, splits: Any) -> tuple[Rows, Matrix]:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.sparse import coo_array, csr_array
+from scipy.stats import norm
 from torch import Tensor
 
 from unbraid.activations.documents import Document
@@ -129,6 +130,22 @@ class SuiteResult:
         }  # fmt: skip
 
 
+def detectable(rows: Mapping[str, Mapping[str, Interval]]) -> dict[str, float | None]:
+    """For each metric the difference between two rows that a test at 5 % would notice with a power of 80 %.
+
+    (1.96 + 0.84) · √2 · s, with s the half-width of the widest 95 % interval by 1.96, as if the rows had been
+    measured on different documents; on the same ones less is noticed. None where some row has no interval.
+    """
+    found: dict[str, float | None] = {}
+    for metric in sorted({metric for row in rows.values() for metric in row}):
+        here = [row[metric] for row in rows.values() if metric in row]
+        wide = max((i.high - i.low) / 2 for i in here)
+        z = float(norm.ppf(0.975))
+        point = any(i.n < 2 for i in here)
+        found[metric] = None if point else (z + float(norm.ppf(0.8))) * 2**0.5 * wide / z
+    return found
+
+
 def sample(lm: LanguageModel, documents: Iterable[Document], reading: Reading, tokens: int = 4096) -> Tensor:
     """Activations of the first `tokens` wanted tokens or a batch more (n, d_in), to scale baselines by."""
     parts: list[Tensor] = []
@@ -173,8 +190,8 @@ def tasks(documents: Sequence[Document], splits: Split, seed: int, least: int = 
         known = f"labels found: {', '.join(names)}" if names else "no document has the field labels"
         raise UserError(
             f"no label divides the {len(documents)} documents ({known}); a label needs two values with at"
-            f" least"
-            f" {least} documents each in each of the three splits, which takes about {round(least / 0.3) * 2}"
+            f" least {least} documents each in each of the three splits, which takes about"
+            f" {round(least / 0.3) * 2}"
         )
     return found
 

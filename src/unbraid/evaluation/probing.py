@@ -34,9 +34,9 @@ Features = Any
 
 _HOW = (
     "mean over tasks (a label's value against its others, classes made equal in size in each split by"
-    " drawing) of"
-    " the accuracy on test documents; features are means over a document's tokens; select, fit, test 35:30:35"
-    " by hash of content and seed; logistic regression with L2, C=1, features standardised on fit"
+    " drawing) of the accuracy on test documents; features are means over a document's tokens; select,"
+    " fit, test 35:30:35 by hash of content and seed; logistic regression with L2, C=1, features"
+    " standardised on fit"
 )
 DEFINITIONS: dict[str, Definition] = {
     f"probe_top_{k}": Definition(

@@ -27,6 +27,7 @@ from unbraid.evaluation.labelled import (
     Rows,
     SuiteResult,
     Task,
+    detectable,
     split_documents,
     tasks,
 )
@@ -55,13 +56,11 @@ MOST_TASKS = 6
 Change = Callable[[Tensor], Tensor]
 
 _HOW = (
-    "at the strongest of the doses (1, 2, 5, 10, 20 latents by TPP's effect on select; .25 to 2 of the way"
-    " along"
-    " DiffMean to the negatives' mean) whose ΔCE on fit's documents without the concept is at most 0.02"
-    " nats, none"
-    " where there is no such dose; at all read tokens, error kept; mean over tasks (at most 6), at most 40"
-    " test"
-    " documents of either class, 35:30:35 by hash of content and seed; interval over documents"
+    "at the strongest of the doses (1, 2, 5, 10, 20 latents by TPP's effect on select; .25 to 2 of the"
+    " way along DiffMean to the negatives' mean) whose ΔCE on fit's documents without the concept is at"
+    " most 0.02 nats, none where there is no such dose; at all read tokens, error kept; mean over tasks"
+    " (at most 6), at most 40 test documents of either class, 35:30:35 by hash of content and seed;"
+    " interval over documents"
 )
 DEFINITIONS: dict[str, Definition] = {
     "removal_target_ce": Definition(
@@ -170,7 +169,7 @@ def removal(
     left = [task.name for task in asked[MOST_TASKS:]]
     notes = (f"not removed, as {MOST_TASKS} came first: {', '.join(left)}",) if left else ()
     return SuiteResult(
-        "removal", rows, tuple(w for w in rows if w not in named), details={"doses": chosen}, notes=notes
+        "removal", rows, tuple(w for w in rows if w not in named), detectable(rows), {"doses": chosen}, notes
     )
 
 

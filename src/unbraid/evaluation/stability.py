@@ -17,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from unbraid.evaluation.definitions import Definition
-from unbraid.evaluation.labelled import SuiteResult
+from unbraid.evaluation.labelled import SuiteResult, detectable
 from unbraid.manifest.errors import UserError
 from unbraid.sae.base import SAE
 from unbraid.stats.bootstrap import Interval, mean_of_runs
@@ -31,10 +31,8 @@ FLOOR_PAIRS = 3
 
 _PAIRS = (
     "mean over pairs of autoencoders of the same site, architecture, width and k; decoder rows of unit"
-    " length, dead"
-    " latents included; interval by Student's t over the jackknife's pseudo-values, one for each"
-    " autoencoder; with"
-    " two autoencoders a point"
+    " length, dead latents included; interval by Student's t over the jackknife's pseudo-values, one for"
+    " each autoencoder; with two autoencoders a point"
 )
 DEFINITIONS: dict[str, Definition] = {
     "pw_mcc": Definition(
@@ -91,7 +89,7 @@ def stability(saes: Mapping[str, SAE], seed: int) -> SuiteResult:
         )
     alone = [names[0] for names in groups.values() if len(names) < 2]
     notes = (f"nothing to compare with: {', '.join(alone)}",) if alone else ()
-    return SuiteResult("stability", rows, tuple(baselines), notes=notes)
+    return SuiteResult("stability", rows, tuple(baselines), detectable(rows), notes=notes)
 
 
 def over_seeds(decoders: Sequence[Tensor], metric: str) -> Interval:

@@ -7,8 +7,10 @@ accuracy of probe j after that was done for class i, and A(j) the one before:
 
     intended = mean_i A(i) − A(i, i)      unintended = mean_{i≠j} A(j) − A(i, j)      total = their difference
 
-A mean over tokens is linear, so the ablation is done on the means and the model is not run again. Latents are
-chosen on `select`, probes fitted on `fit`, accuracies taken on `test`; all of it again for several seeds.
+Directions that overlap, as random ones do, are all subtracted in full: many of them overshoot, which the
+score takes for success. Read it beside its baselines. A mean over tokens is linear, so the ablation is
+done on the means and the model is not run again. Latents are chosen on `select`, probes fitted on `fit`,
+accuracies taken on `test`; all of it again for several seeds.
 """
 
 from __future__ import annotations
@@ -24,7 +26,17 @@ from sklearn.preprocessing import StandardScaler
 from unbraid.activations.documents import Document
 from unbraid.evaluation.baselines import principal_components, unit_directions
 from unbraid.evaluation.definitions import Definition
-from unbraid.evaluation.labelled import Flags, Matrix, Pooled, Rows, SuiteResult, Task, split_documents, tasks
+from unbraid.evaluation.labelled import (
+    Flags,
+    Matrix,
+    Pooled,
+    Rows,
+    SuiteResult,
+    Task,
+    detectable,
+    split_documents,
+    tasks,
+)
 from unbraid.evaluation.probing import PENALTY, direction, mean_difference
 from unbraid.manifest.errors import UserError
 from unbraid.sae.base import SAE
@@ -37,12 +49,12 @@ RESEEDS = 5
 PARTS = {"total_metric": "total", "intended_diff_only": "intended", "unintended_diff_only": "unintended"}
 
 _HOW = (
-    "SAEBench's TPP on mean-pooled documents of every label with three or more values: latents by max(mean"
-    " difference on select, 0)·(W_dec·w), w the weights of a logistic regression (L2, C=1, standardised)"
-    " fitted on"
-    " fit, zero-ablated with the error kept, accuracy on test, classes of equal size, 35:30:35 by hash of"
-    " content"
-    " and seed; mean over labels and over five seeds, whose runs share documents, Student's t over the seeds"
+    "SAEBench's TPP on mean-pooled documents of every label with three or more values: latents by"
+    " max(mean difference on select, 0)·(W_dec·w), w the weights of a logistic regression (L2, C=1,"
+    " standardised) fitted on fit, zero-ablated with the error kept, accuracy on test, classes of equal"
+    " size, 35:30:35 by hash of content and seed; DiffMean and the probe direction are one direction"
+    " whatever n; mean over labels and over five seeds, whose runs share documents, Student's t over the"
+    " seeds"
 )
 DEFINITIONS: dict[str, Definition] = {
     f"tpp_threshold_{n}_{part}": Definition(
@@ -142,7 +154,8 @@ def tpp(
                 runs.setdefault(name, {}).setdefault(metric, []).append(float(np.mean(values)))
     rows = {name: {m: mean_of_runs(values) for m, values in row.items()} for name, row in runs.items()}
     named = set(saes) - set(baselines)
-    return SuiteResult("tpp", rows, tuple(name for name in rows if name not in named), details={"runs": runs})
+    floors = tuple(name for name in rows if name not in named)
+    return SuiteResult("tpp", rows, floors, detectable(rows), {"runs": runs})
 
 
 def labels_with_classes(asked: Sequence[Task]) -> list[list[Task]]:
@@ -153,9 +166,8 @@ def labels_with_classes(asked: Sequence[Task]) -> list[list[Task]]:
     found = [group for group in groups.values() if len(group) > 1]
     if not found:
         raise UserError(
-            "targeted probe perturbation needs a label with three or more values, as it asks what ablating"
-            " one"
-            f" does to the others; labels found: {', '.join(groups)}"
+            "targeted probe perturbation needs a label with three or more values, as it asks what"
+            f" ablating one does to the others; labels found: {', '.join(groups)}"
         )
     return found
 
