@@ -39,6 +39,7 @@ from unbraid.model.load import LanguageModel
 from unbraid.model.read import logits_and_sites
 from unbraid.model.replace import replaced
 from unbraid.sae.base import SAE
+from unbraid.sae.codes import SparseCodes, decode
 from unbraid.stats.bootstrap import Interval, bootstrap_ratio
 
 COST = 0.02
@@ -215,7 +216,7 @@ def _ablation(pooled: Pooled, sae: SAE, basis: Basis, latents: Rows) -> Dose:
     def change(x: Tensor) -> Tensor:
         codes = sae.encode(x.float())
         kept = codes.values * chosen.to(codes.indices.device)[codes.indices]
-        return x - torch.einsum("nk,nkd->nd", kept, sae.W_dec[codes.indices]) if len(x) else x
+        return x - decode(SparseCodes(codes.indices, kept), sae.W_dec).to(x.dtype)
 
     return Dose(change, lambda rows: ablated(pooled.raw, basis, rows, latents), f"{len(latents)} latents")
 
