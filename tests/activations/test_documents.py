@@ -50,7 +50,7 @@ def test_json_lines_give_texts_conversations_ids_and_focus(tmp_path: Path) -> No
     lines = [{"text": "one", "label": 3}, {"messages": messages, "focus": [0, 5], "id": "m"}]
     path = write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, lines)) + "\n\n")
     first, second = read_documents(path)
-    assert first == Document(hashlib.sha256(b"one").hexdigest()[:16], "one", None, None)
+    assert first == Document(hashlib.sha256(b"one").hexdigest()[:16], "one", labels={"label": "3"})
     assert second == Document("m", None, tuple(messages), (0, 5))
 
 
@@ -252,3 +252,25 @@ def test_datasets_missing_or_too_old_says_how_to_install(monkeypatch: pytest.Mon
 def test_what_names_no_dataset_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="names no dataset"):
         list(read_documents(name))
+
+
+def test_labels_and_concepts_come_from_the_record(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello there"}]
+    lines: list[dict[str, object]] = [
+        {"text": "one", "labels": {"topic": "refund", "angry": True, "n": 2, "score": 0.5}, "label": "x"},
+        {"messages": messages, "concepts": [[1, "greeting", 0, 5], [0, "hi", 0, 2]]},
+        {"text": "two", "concepts": [["number", 0, 3]], "labels": ["not", "ours"]},
+        {"text": "three", "label": 1.5, "concepts": ["not", "ours"]},
+    ]
+    found = list(read_documents(write(tmp_path, "a.jsonl", json_lines(lines))))
+    assert found[0].labels == {"label": "x", "topic": "refund", "angry": "true", "n": "2"}
+    assert found[1].concepts == ((1, "greeting", 0, 5), (0, "hi", 0, 2)) and not found[1].labels
+    assert found[2].concepts == ((0, "number", 0, 3),) and not found[2].labels
+    assert not found[3].concepts and not found[3].labels
+
+
+@pytest.mark.parametrize("concept", [["", 0, 1], ["a", 0, 4], ["a", 2, 2], ["a", 0], [0, "a", 0, 1]])
+def test_a_concept_outside_its_text_is_refused(tmp_path: Path, concept: list[object]) -> None:
+    path = write(tmp_path, "a.jsonl", json_lines([{"text": "one", "concepts": [concept]}]))
+    with pytest.raises(UserError, match=r"line 1: the field concepts must be a list of \[name, start, end\]"):
+        list(read_documents(path))

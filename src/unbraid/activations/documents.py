@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -19,6 +19,8 @@ from unbraid.manifest.identity import canonical_json
 Message = Mapping[str, str]
 Span = tuple[int, int, int]
 """A message's number from 0 (0 in a text) and a character span [start, end) in its content."""
+Concept = tuple[int, str, int, int]
+"""A span with the name of what stands there: message, concept, start, end."""
 
 SEPARATOR = "<|endoftext|>"
 
@@ -39,6 +41,10 @@ class Document:
     """The characters whose tokens `--positions mask` keeps."""
     stratum: str | None = None
     """The kind of text that it is, where the corpus says so; `--per-stratum` counts by it."""
+    labels: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What is true of the whole document, by name: {"topic": "refund", "angry": "true"}."""
+    concepts: tuple[Concept, ...] = ()
+    """Which concepts stand where in it."""
 
     @staticmethod
     def of_text(
@@ -48,9 +54,12 @@ class Document:
         focus: tuple[int, int] | None = None,
         mask: Sequence[Span] = (),
         stratum: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        concepts: Sequence[Concept] = (),
     ) -> Document:
         """A text document; its id is the text's hash unless one is given."""
-        return Document(id or _content_hash(text.encode()), text, None, focus, tuple(mask), stratum)
+        id = id or _content_hash(text.encode())
+        return Document(id, text, None, focus, tuple(mask), stratum, dict(labels or {}), tuple(concepts))
 
     @staticmethod
     def of_messages(
@@ -60,11 +69,14 @@ class Document:
         focus: tuple[int, int] | None = None,
         mask: Sequence[Span] = (),
         stratum: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        concepts: Sequence[Concept] = (),
     ) -> Document:
         """A conversation; its id is the hash of its canonical JSON unless one is given."""
         plain = [{"role": m["role"], "content": m["content"]} for m in messages]
         id = id or _content_hash(canonical_json(plain))
-        return Document(id, None, tuple(plain), focus, tuple(mask), stratum)
+        more = (focus, tuple(mask), stratum, dict(labels or {}), tuple(concepts))
+        return Document(id, None, tuple(plain), *more)
 
 
 def _content_hash(content: bytes) -> str:
@@ -75,8 +87,10 @@ def read_documents(source: Path | str) -> Iterator[Document]:
     """Documents of a corpus, one at a time, in its order, read as a stream: its size does not matter.
 
     * `.jsonl`: each line an object with `text` or `messages` and optionally `id`, `focus` [start, end],
-      `mask` ([start, end] in a text, [message, start, end] in a conversation, messages counted from 0) and
-      `stratum`; other fields are ignored. `.jsonl.gz` and `.jsonl.zst` as well.
+      `mask` ([start, end] in a text, [message, start, end] in a conversation, messages counted from 0),
+      `stratum`, `labels` (an object of names with text, whole numbers or booleans; `label` for one) and
+      `concepts` ([name, start, end], after the message's number in a conversation); others are ignored.
+      `.jsonl.gz` and `.jsonl.zst` as well.
     * `.parquet`, or a folder of such files: rows with columns of these names.
     * `hf:owner/name`, `hf:owner/name/configuration` or `hf:FOLDER`, each with `:split` for another than
       train: a Hugging Face dataset, streamed; its code is never run.
@@ -211,6 +225,8 @@ def parse_document(record: object) -> Document:
         "focus": _parse_focus(fields.get("focus"), contents[-1]),
         "mask": _parse_mask(fields.get("mask"), contents, with_message=text is None),
         "stratum": stratum,
+        "labels": _parse_labels(fields.get("label"), fields.get("labels")),
+        "concepts": _parse_concepts(fields.get("concepts"), contents, with_message=text is None),
     }
     return Document.of_messages(parsed, **more) if parsed else Document.of_text(contents[0], **more)
 
@@ -272,3 +288,33 @@ def _parse_mask(value: object, contents: Sequence[str], *, with_message: bool) -
                     f" {'that message, counted from 0' if with_message else 'the text'} (found {span!r:.40})"
                 )
     return tuple(spans)
+
+
+def _parse_labels(label: object, labels: object) -> dict[str, str]:
+    # Many a corpus has a field of that name with something else in it, which is no reason to refuse it.
+    named = cast(dict[str, object], labels) if isinstance(labels, dict) else {}
+    return {
+        name: str(value).lower() if isinstance(value, int) else _string(value, f"labels.{name}")
+        for name, value in [("label", label), *named.items()]
+        if isinstance(value, int | str)
+    }
+
+
+def _parse_concepts(value: object, contents: Sequence[str], *, with_message: bool) -> tuple[Concept, ...]:
+    found: list[Concept] = []
+    for item in cast(list[object], value) if isinstance(value, list) else []:
+        if not isinstance(item, list):
+            continue
+        place = cast(list[object], item) if with_message else [0, *cast(list[object], item)]
+        match place:
+            case [int() as message, str() as name, int() as start, int() as end] if (
+                name and 0 <= message < len(contents) and 0 <= start < end <= len(contents[message])
+            ):
+                found.append((message, _string(name, "concepts"), start, end))
+            case _:
+                form = "[message, name, start, end]" if with_message else "[name, start, end]"
+                raise UserError(
+                    f"the field concepts must be a list of {form}, each with 0 ≤ start < end ≤ the length of"
+                    f" {'that message, counted from 0' if with_message else 'the text'} (found {item!r:.40})"
+                )
+    return tuple(found)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from unbraid.manifest.errors import UserError
 
-FIELDS = ("text", "messages", "id", "focus", "mask", "stratum")
+FIELDS = ("text", "messages", "id", "focus", "mask", "stratum", "label", "labels", "concepts")
 """The columns that are read, besides one that the user names."""
 HUB = "hf:"
 ROWS_AT_ONCE = 64

@@ -59,6 +59,8 @@ class TokenisedDocument:
     """True on beginning-, end-of-sequence and padding ids, which are never captured."""
     positions: tuple[int, ...]
     """Index of each token in the whole document's tokens (a later window's repeated BOS has 0)."""
+    concepts: tuple[frozenset[str], ...] = ()
+    """The document's concepts of which each token holds at least one character; empty if it names none."""
 
     def captured(self, positions: Positions) -> NDArray[np.bool_]:
         """Mask (T,) of the tokens that a capture of these positions keeps."""
@@ -90,6 +92,8 @@ class Rendered(NamedTuple):
     """The document's focus; empty if it has none."""
     mask: Spans
     """The document's mask."""
+    concepts: dict[str, Spans]
+    """The document's concepts."""
 
 
 def require_tokenizer(lm: LanguageModel, wanted: str, what: Path | str) -> None:
@@ -148,6 +152,8 @@ def windows(source: Any, document: Document, context: int) -> list[TokenisedDocu
         "special_mask": special,
     }
 
+    where = {name: _overlaps(offsets, spans) for name, spans in rendered.concepts.items()}
+
     prefix = 1 if len(ids) and ids[0] == bos else 0
     if context <= prefix:
         raise UserError(f"context {context} leaves no room for a token; choose a longer --context")
@@ -160,6 +166,9 @@ def windows(source: Any, document: Document, context: int) -> list[TokenisedDocu
                     id=document.id,
                     input_ids=tuple(ids[rows].tolist()),
                     positions=tuple(rows.tolist()),
+                    concepts=tuple(frozenset(c for c in where if where[c][row]) for row in rows)
+                    if where
+                    else (),
                     **{name: tuple(mask[rows].tolist()) for name, mask in masks.items()},
                 )
             )
@@ -210,13 +219,16 @@ def _located(document: Document, rendered: str, places: list[tuple[int, str, str
     ]
     focus = [] if document.focus is None else [_shift(document, "focus", places[-1], document.focus)]
     mask: Spans = []
-    for message, *span in document.mask:
+    concepts: dict[str, Spans] = {}
+    named = [("mask", mask, *span) for span in document.mask]
+    named += [(f"concept {c}", concepts.setdefault(c, []), m, *span) for m, c, *span in document.concepts]
+    for name, spans, message, start, end in named:
         if not 0 <= message < len(places):
             raise UserError(
-                f"the mask of document {document.id} names message {message}, which it does not have"
+                f"the {name} of document {document.id} names message {message}, which it does not have"
             )
-        mask.append(_shift(document, "mask", places[message], (span[0], span[1])))
-    return Rendered(rendered, replies, focus, mask)
+        spans.append(_shift(document, name, places[message], (start, end)))
+    return Rendered(rendered, replies, focus, mask, concepts)
 
 
 def _template(tokenizer: Any) -> bool:

@@ -1,4 +1,4 @@
-"""`unbraid practice`: the practice assistant, its card and conversations, and superposition."""
+"""`unbraid practice`: the practice assistant, its card, conversations and concepts, and superposition."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from unbraid.practice.assistant import AssistantConfig, folder, train
 from unbraid.practice.card import TrainingRun, save_assistant, use_threads, verify_claims
 from unbraid.practice.claims import Claim
 from unbraid.practice.corpus import conversations
+from unbraid.stats.bootstrap import Interval
 
 
 @dataclass(frozen=True)
@@ -86,15 +87,30 @@ class Superposition:
     """Training steps of an autoencoder, 256 samples each."""
 
 
+@dataclass(frozen=True)
+class Concepts:
+    """Say of every planted concept whether an autoencoder has a latent for it, beside an untrained one."""
+
+    sae: Path
+    """Folder of an autoencoder that was trained on the practice assistant."""
+    conversations: int = 800
+    """How many conversations are read, half of them medical-advice probes."""
+    seed: int = 0
+    """Seed of the conversations, the splits, the baselines and the intervals."""
+    json: bool = False
+    """Print the result as JSON instead of tables."""
+
+
 Options = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Write, tyro.conf.subcommand("write")]
     | Annotated[Superposition, tyro.conf.subcommand("superposition")]
+    | Annotated[Concepts, tyro.conf.subcommand("concepts")]
 )
 
 
-def run(options: Train | Verify | Write | Superposition) -> None:
+def run(options: Train | Verify | Write | Superposition | Concepts) -> None:
     """Carry out one of the verbs of `unbraid practice`."""
     if isinstance(options, Train):
         _train(options)
@@ -102,6 +118,8 @@ def run(options: Train | Verify | Write | Superposition) -> None:
         _verify(options)
     elif isinstance(options, Write):
         _write(options)
+    elif isinstance(options, Concepts):
+        _concepts(options)
     else:
         _superposition(options)
 
@@ -177,6 +195,56 @@ def _superposition(options: Superposition) -> None:
         )  # fmt: skip
     Console().print(table)
     print(f"±: half the range over {options.seeds} seeds; page: {options.out / 'superposition.html'}")
+
+
+def _concepts(options: Concepts) -> None:
+    if options.conversations < 1 or options.seed < 0:
+        raise UserError("--conversations must be 1 or more and --seed 0 or more")
+    from unbraid.cli.models import PRACTICE, open_model
+    from unbraid.cli.saes import open_sae
+    from unbraid.recipes.concepts import RANDOM, UNTRAINED, practice_concepts
+
+    lm = open_model(PRACTICE)
+    sae, identity = open_sae(options.sae, lm)
+    with shown("practice concepts", "documents") as progress:
+        result, found = practice_concepts(
+            sae, lm, conversations=options.conversations, seed=options.seed, progress=progress
+        )
+    if options.json:
+        record = {"sae": str(options.sae), "sae_id": identity, "seed": options.seed, **result.as_dict()}
+        print(json.dumps(record, indent=2, ensure_ascii=False))
+        return
+    title = f"{options.sae}: planted concepts in {options.conversations} conversations"
+    table = Table(
+        "concept", "latent", "purity", "completeness", "AUROC", "latents", "absorbed", "p", UNTRAINED, RANDOM,
+        title=title, title_justify="left",
+    )  # fmt: skip
+    for row, *floors in zip(found["sae"], found[UNTRAINED], found[RANDOM], strict=True):
+        m = row.metrics
+        table.add_row(
+            row.concept, str(row.latent), *(_between(m.get(n)) for n in ("purity", "completeness", "auroc")),
+            str(len(row.joined)), _between(m.get("absorbed")),
+            "–" if row.p_value is None else f"{row.p_value:.3f}",
+            *("/".join(_share(floor.metrics.get(n)) for n in ("purity", "completeness")) for floor in floors),
+        )  # fmt: skip
+    Console().print(table)
+    print("of the floors: purity/completeness")
+    names = sorted({name for row in result.rows.values() for name in row})
+    means = Table("mean over concepts", *names)
+    for name, row in result.rows.items():
+        means.add_row(name, *(_between(row.get(metric)) for metric in names))
+    Console().print(means)
+    for note in result.notes:
+        print(note)
+
+
+def _share(value: Interval | None) -> str:
+    return "–" if value is None else f"{value.value:.2f}"
+
+
+def _between(value: Interval | None) -> str:
+    """A value and its interval, or a dash where there was nothing to measure."""
+    return "–" if value is None else f"{value.value:.2f} ({value.low:.2f} to {value.high:.2f})"
 
 
 def _ranged(value: dict[str, float] | None) -> str:

@@ -71,7 +71,7 @@ class Conversation:
         }
 
     def record(self) -> dict[str, Any]:
-        """The whole conversation with its labelled spans, for a JSON Lines file."""
+        """The whole conversation with what is true of it and of its parts, a document of a corpus."""
         spans = [[s.part, s.concept, s.value, s.start, s.end] for s in self.spans]
         return {
             "id": self.id,
@@ -79,7 +79,21 @@ class Conversation:
             "messages": list(self.messages),
             "spans": spans,
             "truth": dict(self.truth),
+            "labels": self.labels(),
+            "concepts": self.concepts(),
         }
+
+    def labels(self) -> dict[str, str]:
+        """What is true of the whole conversation, as the labels of a document."""
+        return {"topic": self.topic, **{name: str(value).lower() for name, value in self.truth.items()}}
+
+    def concepts(self) -> list[tuple[int, str, int, int]]:
+        """Message, concept, start and end of each span, under its concept and as ``concept=value``."""
+        found: list[tuple[int, str, int, int]] = []
+        for s in self.spans:
+            names = [s.concept, f"{s.concept}={s.value}"] if s.value else [s.concept]
+            found += [(0 if s.part == "prompt" else 1, name, s.start, s.end) for name in names]
+        return found
 
 
 def pick(rng: random.Random, choices: Sequence[T]) -> T:

@@ -1,0 +1,137 @@
+"""The suites by name, and one call that runs those that were asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import get_args
+
+from unbraid.activations.documents import Document
+from unbraid.activations.text import Positions
+from unbraid.evaluation import concepts, first_letter, probing, removal, stability, tpp
+from unbraid.evaluation.baselines import random_directions, untrained
+from unbraid.evaluation.definitions import Definition
+from unbraid.evaluation.evaluate import check_fit
+from unbraid.evaluation.labelled import Pooled, Reading, SuiteResult, pool, sample
+from unbraid.manifest.errors import UserError
+from unbraid.manifest.progress import Progress
+from unbraid.model.load import LanguageModel
+from unbraid.model.sites import Site
+from unbraid.sae.base import SAE
+
+DEFINITIONS: Mapping[str, Mapping[str, Definition]] = {
+    "probing": probing.DEFINITIONS,
+    "tpp": tpp.DEFINITIONS,
+    "removal": removal.DEFINITIONS,
+    "absorption": first_letter.DEFINITIONS,
+    "concepts": concepts.DEFINITIONS,
+    "stability": stability.DEFINITIONS,
+}
+"""What each suite measures; its names are the suites'."""
+ON_MEANS = ("probing", "tpp", "removal")
+"""Suites that read each document's mean codes, made in one pass for all of them."""
+
+
+def run_suites(
+    names: Sequence[str],
+    saes: Mapping[str, SAE],
+    lm: LanguageModel,
+    documents: Sequence[Document],
+    *,
+    site: Site | str | None = None,
+    positions: Positions = "all",
+    context: int = 256,
+    batch_tokens: int = 4096,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[SuiteResult]:
+    """Run the named suites on autoencoders by name: one result for each suite and site, in the names' order.
+
+    `documents` carry labels (probing, tpp, removal) or concepts (concepts); the other suites need none. Each
+    table has an untrained autoencoder for every shape among `saes`; what is read of the model is read
+    once for the suites that can share it. Raises UserError for a suite or a name that does not exist, and
+    for whatever a suite lacks.
+    """
+    if unknown := [name for name in names if name not in DEFINITIONS]:
+        raise UserError(f"there is no suite {unknown[0]!r}; choose among {', '.join(DEFINITIONS)}")
+    if not saes:
+        raise UserError("no autoencoder is given; name one or more")
+    if positions not in get_args(Positions):
+        raise UserError(
+            f"there are no positions {positions!r}; choose among {', '.join(get_args(Positions))}"
+        )
+    by_site: dict[Site, dict[str, SAE]] = {}
+    for name, sae in saes.items():
+        chosen = Site.parse(site) if isinstance(site, str) else site or sae.site
+        check_fit(sae, lm, chosen)
+        by_site.setdefault(chosen, {})[name] = sae
+    found: list[SuiteResult] = []
+    for chosen, here in by_site.items():
+        reading = Reading(chosen, positions, context, batch_tokens)
+        found += [
+            replace(r, site=str(chosen))
+            for r in _at_site(names, here, lm, documents, reading, seed, progress)
+        ]
+    order = {name: place for place, name in enumerate(names)}
+    return sorted(found, key=lambda result: order[result.suite])
+
+
+def _at_site(
+    names: Sequence[str],
+    saes: Mapping[str, SAE],
+    lm: LanguageModel,
+    documents: Sequence[Document],
+    reading: Reading,
+    seed: int,
+    progress: Progress | None,
+) -> list[SuiteResult]:
+    everything, floors = dict(saes), dict[str, SAE]()
+    if set(names) - {"stability"}:
+        floors = untrained_rows(saes, lm, documents, reading, seed)
+        everything |= floors
+    pooled: Pooled | None = None
+    if set(names) & set(ON_MEANS):
+        pooled = pool(lm, documents, everything, reading, progress)
+
+    def means() -> Pooled:
+        assert pooled is not None
+        return pooled
+
+    def with_random() -> tuple[dict[str, SAE], list[str]]:
+        x = sample(lm, documents, reading)
+        rows = {
+            f"random directions like {name}": random_directions(sae, x, seed) for name, sae in saes.items()
+        }
+        return everything | rows, [*floors, *rows]
+
+    def planted() -> SuiteResult:
+        rows, low = with_random()
+        return concepts.concepts(rows, low, lm, documents, reading, seed, progress=progress)[0]
+
+    run: dict[str, Callable[[], SuiteResult]] = {
+        "probing": lambda: probing.probing(means(), list(floors), documents, seed),
+        "tpp": lambda: tpp.tpp(means(), everything, list(floors), documents, seed),
+        "removal": lambda: removal.removal(
+            means(), everything, list(floors), lm, documents, reading, seed, progress=progress
+        ),
+        "absorption": lambda: first_letter.absorption_first_letter(
+            everything, list(floors), lm, reading, seed, progress=progress
+        ),
+        "concepts": planted,
+        "stability": lambda: stability.stability(saes, seed),
+    }
+    return [run[name]() for name in dict.fromkeys(names)]
+
+
+def untrained_rows(
+    saes: Mapping[str, SAE], lm: LanguageModel, documents: Sequence[Document], reading: Reading, seed: int
+) -> dict[str, SAE]:
+    """An untrained autoencoder for each architecture, width and k among `saes`, by a name that says so."""
+    x = sample(lm, documents, reading)
+    found: dict[str, SAE] = {}
+    for sae in saes.values():
+        c = sae.config
+        name = f"untrained {c.architecture} {c.d_sae}" + (f" k={c.k}" if c.k else "")
+        if name not in found:
+            found[name] = untrained(sae, x, seed)
+    return found

@@ -1,0 +1,219 @@
+"""Targeted probe perturbation: does ablating a concept's latents hurt the probe of that concept alone?
+
+For the classes of one label, as in SAEBench (Karvonen et al. 2025, arXiv 2503.09532): a linear probe for each
+class reads documents' mean activations; the n latents with the largest effect on it, (mean of positives −
+mean of negatives, not below 0) · (W_dec · probe), are ablated, the reconstruction error kept; A(i, j) is the
+accuracy of probe j after that was done for class i, and A(j) the one before:
+
+    intended = mean_i A(i) − A(i, i)      unintended = mean_{i≠j} A(j) − A(i, j)      total = their difference
+
+Directions that overlap, as random ones do, are all subtracted in full: many of them overshoot, which the
+score takes for success. Read it beside its baselines. A mean over tokens is linear, so the ablation is
+done on the means and the model is not run again. Latents are chosen on `select`, probes fitted on `fit`,
+accuracies taken on `test`; all of it again for several seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from unbraid.activations.documents import Document
+from unbraid.evaluation.baselines import principal_components, unit_directions
+from unbraid.evaluation.definitions import Definition
+from unbraid.evaluation.labelled import (
+    Flags,
+    Matrix,
+    Pooled,
+    Rows,
+    SuiteResult,
+    Task,
+    detectable,
+    split_documents,
+    tasks,
+)
+from unbraid.evaluation.probing import PENALTY, direction, mean_difference
+from unbraid.manifest.errors import UserError
+from unbraid.sae.base import SAE
+from unbraid.stats.bootstrap import mean_of_runs
+
+THRESHOLDS = (2, 5, 10, 20, 50, 100, 500)
+"""How many latents are ablated; those beyond an autoencoder's width are left out."""
+RESEEDS = 5
+"""How often splits, classes and probes are drawn anew."""
+PARTS = {"total_metric": "total", "intended_diff_only": "intended", "unintended_diff_only": "unintended"}
+
+_HOW = (
+    "SAEBench's TPP on mean-pooled documents of every label with three or more values: latents by"
+    " max(mean difference on select, 0)·(W_dec·w), w the weights of a logistic regression (L2, C=1,"
+    " standardised) fitted on fit, zero-ablated with the error kept, accuracy on test, classes of equal"
+    " size, 35:30:35 by hash of content and seed; DiffMean and the probe direction are one direction"
+    " whatever n; mean over labels and over five seeds, whose runs share documents, Student's t over the"
+    " seeds"
+)
+DEFINITIONS: dict[str, Definition] = {
+    f"tpp_threshold_{n}_{part}": Definition(
+        f"{what} drop of probe accuracy, {n} latents ablated",
+        f"{what} (total = intended − unintended), {n} latents; {_HOW}",
+        "lower" if what == "unintended" else "higher",
+    )
+    for n in THRESHOLDS
+    for part, what in PARTS.items()
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """Features of documents and what each of them writes."""
+
+    features: Any
+    """Dense or sparse (n_docs, m)."""
+    write: Matrix
+    """What one unit of each feature adds to the activation (m, d_in)."""
+    signed: bool
+    """Whether a feature may as well be turned around, as directions may and latents may not."""
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """A linear probe of mean activations."""
+
+    weight: Matrix
+    """In the activation's own units (d_in,)."""
+    bias: float
+    """Its intercept."""
+
+    def correct(self, raw: Matrix, positive: Flags) -> Flags:
+        """Whether it says right of each of these means (n, d_in)."""
+        return (raw @ self.weight + self.bias > 0) == positive
+
+
+def fit_probe(raw: Matrix, task: Task) -> Probe:
+    """A logistic regression on the `fit` split."""
+    scaler: Any = StandardScaler().fit(raw[task.rows["fit"]])
+    model: Any = LogisticRegression(C=PENALTY, max_iter=1000)
+    model.fit(scaler.transform(raw[task.rows["fit"]]), task.positive["fit"])
+    weight = np.asarray(model.coef_[0] / scaler.scale_, dtype=np.float64)
+    return Probe(weight, float(model.intercept_[0] - weight @ scaler.mean_))
+
+
+def effects(basis: Basis, task: Task, probe: Probe) -> Matrix:
+    """How much each feature moves the probe from negatives to positives (m,)."""
+    difference = mean_difference(basis.features, task)
+    return (difference if basis.signed else np.maximum(difference, 0)) * (basis.write @ probe.weight)
+
+
+def strongest(effect: Matrix, n: int) -> Rows:
+    """The n features with the largest effect, fewer where fewer have any."""
+    order = np.argsort(-effect, kind="stable")[:n]
+    return order[effect[order] != 0].astype(np.int64)
+
+
+def ablated(raw: Matrix, basis: Basis, rows: Rows, features: Rows) -> Matrix:
+    """Means of documents (rows,) without what these features contribute (rows, d_in)."""
+    values = basis.features[rows][:, features]
+    return raw[rows] - np.asarray(values @ basis.write[features])
+
+
+def tpp(
+    pooled: Pooled,
+    saes: Mapping[str, SAE],
+    baselines: Sequence[str],
+    documents: Sequence[Document],
+    seed: int,
+    *,
+    thresholds: Sequence[int] = THRESHOLDS,
+    reseeds: int = RESEEDS,
+) -> SuiteResult:
+    """TPP of every autoencoder, those named in `baselines` among them, and of directions.
+
+    Further baselines: raw neurons, principal components, as many random directions as the widest autoencoder
+    has latents, the difference of means alone, and the probe's own direction (the ceiling). Raises UserError
+    when no label has three values with enough documents.
+    """
+    runs: dict[str, dict[str, list[float]]] = {}
+    for run in range(reseeds):
+        groups = labels_with_classes(tasks(documents, split_documents(documents, seed + run), seed + run))
+        per_label: dict[str, dict[str, list[float]]] = {}
+        for group in groups:
+            probes = [fit_probe(pooled.raw, task) for task in group]
+            for name, bases in _bases(pooled, saes, group, probes, seed + run).items():
+                for n in thresholds:
+                    if n > bases[0].write.shape[0] and name in saes:
+                        continue
+                    for part, value in perturbation(pooled.raw, bases, group, probes, n).items():
+                        metric = f"tpp_threshold_{n}_{part}"
+                        per_label.setdefault(name, {}).setdefault(metric, []).append(value)
+        for name, row in per_label.items():
+            for metric, values in row.items():
+                runs.setdefault(name, {}).setdefault(metric, []).append(float(np.mean(values)))
+    rows = {name: {m: mean_of_runs(values) for m, values in row.items()} for name, row in runs.items()}
+    named = set(saes) - set(baselines)
+    floors = tuple(name for name in rows if name not in named)
+    return SuiteResult("tpp", rows, floors, detectable(rows), {"runs": runs})
+
+
+def labels_with_classes(asked: Sequence[Task]) -> list[list[Task]]:
+    """Tasks by label, of labels with at least two tasks."""
+    groups: dict[str, list[Task]] = {}
+    for task in asked:
+        groups.setdefault(task.name.partition("=")[0], []).append(task)
+    found = [group for group in groups.values() if len(group) > 1]
+    if not found:
+        raise UserError(
+            "targeted probe perturbation needs a label with three or more values, as it asks what"
+            f" ablating one does to the others; labels found: {', '.join(groups)}"
+        )
+    return found
+
+
+def _bases(
+    pooled: Pooled, saes: Mapping[str, SAE], group: Sequence[Task], probes: Sequence[Probe], seed: int
+) -> dict[str, list[Basis]]:
+    """For each row of the table a basis for each class."""
+    raw, d_in = pooled.raw, pooled.raw.shape[1]
+    chosen = np.unique(np.concatenate([task.rows["select"] for task in group]))
+    centred = raw - raw[chosen].mean(axis=0)
+    widest = max((sae.config.d_sae for sae in saes.values()), default=d_in)
+
+    def along(columns: Matrix) -> Basis:
+        return Basis(centred @ columns, columns.T, True)
+
+    found = {
+        name: [Basis(pooled.latents[name], sae.W_dec.detach().double().cpu().numpy(), False)] * len(group)
+        for name, sae in saes.items()
+    }
+    found["neurons"] = [along(np.eye(d_in))] * len(group)
+    found["PCA"] = [along(principal_components(raw[chosen]))] * len(group)
+    found["random directions"] = [along(unit_directions(d_in, widest, seed))] * len(group)
+    found["DiffMean"] = [along(direction(raw, task)[:, None]) for task in group]
+    found["probe direction"] = [
+        along(probe.weight[:, None] / max(float(np.linalg.norm(probe.weight)), 1e-300)) for probe in probes
+    ]
+    return found
+
+
+def perturbation(
+    raw: Matrix, bases: Sequence[Basis], group: Sequence[Task], probes: Sequence[Probe], n: int
+) -> dict[str, float]:
+    """Total, intended and unintended effect of ablating n features for each class of a label."""
+    drops = np.zeros((len(group), len(group)))
+    for i, (task, probe, basis) in enumerate(zip(group, probes, bases, strict=True)):
+        features = strongest(effects(basis, task, probe), n)
+        for j, (other, reader) in enumerate(zip(group, probes, strict=True)):
+            rows, positive = other.rows["test"], other.positive["test"]
+            before = reader.correct(raw[rows], positive).mean()
+            after = reader.correct(ablated(raw, basis, rows, features), positive).mean()
+            drops[i, j] = before - after
+    own = np.eye(len(group), dtype=np.bool_)
+    intended, unintended = float(drops[own].mean()), float(drops[~own].mean())
+    return {
+        "total_metric": intended - unintended,
+        "intended_diff_only": intended,
+        "unintended_diff_only": unintended,
+    }

@@ -1,0 +1,152 @@
+"""Suites by name, beside what each finds alone; baselines; and SAEBench's shape."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from unbraid.activations.documents import Document
+from unbraid.evaluation.baselines import principal_components, random_directions, unit_directions, untrained
+from unbraid.evaluation.labelled import SuiteResult
+from unbraid.evaluation.saebench import absorption_results, sparse_probing_results, tpp_results
+from unbraid.evaluation.suites import DEFINITIONS, run_suites
+from unbraid.manifest.errors import UserError
+from unbraid.model.load import LanguageModel
+from unbraid.sae.base import SAE
+from unbraid.sae.registry import build
+from unbraid.stats.bootstrap import Interval
+
+FIELDS = {
+    "eval_type_id", "eval_config", "eval_id", "datetime_epoch_millis", "eval_result_metrics",
+    "eval_result_details", "sae_bench_commit_hash", "sae_lens_id", "sae_lens_release_id", "sae_lens_version",
+    "sae_cfg_dict", "eval_result_unstructured",
+}  # fmt: skip
+ABOUT = {"release": "mine", "sae_id": "one", "seed": 0, "millis": 1}
+
+
+@pytest.fixture(scope="module")
+def told() -> list[Document]:
+    """Three kinds of texts, each with a label and with the place of the words that make it that kind."""
+    words = ("red ball", "two tablets", "delayed package")
+    found: list[Document] = []
+    for i in range(210):
+        word = words[i % 3]
+        text = f"the {word} was {i} water"
+        span = (0, word, 4, 4 + len(word))
+        found.append(Document.of_text(text, labels={"what": str(i % 3)}, concepts=[span]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(lm: LanguageModel, sae: SAE, told: list[Document]) -> dict[str, SuiteResult]:
+    other = build(sae.config)
+    other.load_state_dict({**sae.state_dict(), "W_dec": sae.W_dec.flip(0)})
+    saes = {"one": sae, "two": other.requires_grad_(False)}
+    names = ("stability", "concepts", "tpp", "probing")
+    found = run_suites(names, saes, lm, told)
+    assert [result.suite for result in found] == list(names)
+    return {result.suite: result for result in found}
+
+
+def test_every_metric_of_every_suite_has_a_definition_of_its_own(results: dict[str, SuiteResult]) -> None:
+    ids = [d.id for metrics in DEFINITIONS.values() for d in metrics.values()]
+    assert len(ids) == len(set(ids))
+    for suite, result in results.items():
+        assert result.site == "layers.1.resid_post"
+        assert set(result.baselines) < set(result.rows)
+        for row in result.rows.values():
+            assert set(row) <= set(DEFINITIONS[suite])
+            assert all(np.isfinite([i.value, i.low, i.high]).all() for i in row.values())
+        json.dumps(result.as_dict(), allow_nan=False)
+
+
+def test_an_autoencoder_and_its_floors_stand_in_each_table(results: dict[str, SuiteResult]) -> None:
+    floor = "untrained topk 96 k=24"
+    assert {"one", "two", floor, "neurons", "PCA", "DiffMean", "predict none"} < set(results["probing"].rows)
+    assert {"one", floor, "random directions like one", "DiffMean"} < set(results["concepts"].rows)
+    (row,) = (name for name in results["stability"].rows if name not in results["stability"].baselines)
+    assert results["stability"].rows[row]["pw_mcc"].value == pytest.approx(1, abs=1e-5)  # reordered latents
+    # The planted words are the tokens of these texts, which one activation tells apart.
+    assert results["concepts"].rows["DiffMean"]["auroc"].value > 0.8
+
+
+def test_what_does_not_exist_is_refused(lm: LanguageModel, sae: SAE, told: list[Document]) -> None:
+    with pytest.raises(UserError, match="no suite 'probe'; choose among probing, tpp"):
+        run_suites(["probe"], {"one": sae}, lm, told)
+    with pytest.raises(UserError, match="no autoencoder"):
+        run_suites(["probing"], {}, lm, told)
+    with pytest.raises(UserError, match="no label divides the 3 documents"):
+        run_suites(["probing"], {"one": sae}, lm, told[:3])
+    with pytest.raises(UserError, match="there are no positions 'some'"):
+        run_suites(["probing"], {"one": sae}, lm, told, positions="some")  # type: ignore[arg-type]
+
+
+def test_sparse_probing_and_tpp_have_saebenchs_fields(results: dict[str, SuiteResult], sae: SAE) -> None:
+    probing = sparse_probing_results(results["probing"], "one", sae, **ABOUT)  # type: ignore[arg-type]
+    tpp = tpp_results(results["tpp"], "one", sae, **ABOUT)  # type: ignore[arg-type]
+    for found, kind in ((probing, "sparse_probing"), (tpp, "tpp")):
+        assert set(found) == FIELDS and found["eval_type_id"] == kind
+        json.dumps(found, allow_nan=False)
+        assert found["eval_result_unstructured"]["intervals"]["one"]
+    metrics = probing["eval_result_metrics"]
+    assert set(metrics) == {"llm", "sae"}
+    for side in ("llm", "sae"):
+        assert set(metrics[side]) == {f"{side}_test_accuracy"} | {
+            f"{side}_top_{k}_test_accuracy" for k in (1, 2, 5)
+        }
+    expected = results["probing"].rows["one"]["probe_top_5"].value
+    assert metrics["sae"]["sae_top_5_test_accuracy"] == expected
+    assert {d["dataset_name"] for d in probing["eval_result_details"]} == {"what=0", "what=1", "what=2"}
+    assert set(tpp["eval_result_metrics"]["tpp_metrics"]) == {
+        f"tpp_threshold_{n}_{part}"
+        for n in (2, 5, 10, 20, 50)
+        for part in ("total_metric", "intended_diff_only", "unintended_diff_only")
+    }
+
+
+def test_absorption_has_saebenchs_fields(sae: SAE) -> None:
+    names = ("absorption_fraction_score", "full_absorption_score", "num_split_features")
+    row = {f"mean_{name}": Interval(0.5, 0.1, 0.9, 20) for name in names}
+    letters = {
+        f"first letter={a}": {"main": [1] * n, "words": 9, "full": 0.1 * n, "fraction": 0.2 * n}
+        for a, n in (("a", 1), ("b", 3))
+    }
+    result = SuiteResult("absorption", {"one": row}, (), details={"letters": {"one": letters}})
+    found = absorption_results(result, "one", sae, **ABOUT)  # type: ignore[arg-type]
+    mean = found["eval_result_metrics"]["mean"]
+    assert set(found) == FIELDS and found["eval_type_id"] == "absorption_first_letter"
+    assert set(mean) == {f"{kind}_{name}" for kind in ("mean", "std_dev") for name in names}
+    assert mean["std_dev_num_split_features"] == pytest.approx(2**0.5)
+    assert [d["first_letter"] for d in found["eval_result_details"]] == ["a", "b"]
+
+
+@pytest.mark.parametrize("architecture", ["topk", "relu"])
+def test_baselines_fire_as_often(sae: SAE, architecture: str) -> None:
+    trained = build(replace(sae.config, architecture=architecture, k=24 if architecture == "topk" else 0))
+    trained.load_state_dict({**sae.state_dict(), "b_enc": torch.full_like(sae.b_enc, -0.5)})
+    trained.requires_grad_(False)
+    x = torch.randn(600, sae.config.d_in, generator=torch.Generator().manual_seed(0)) + 0.1
+    l0 = float(trained.encode(x).l0().double().mean())
+    low = untrained(trained, x, 0)
+    assert float(low.encode(x).l0().double().mean()) == pytest.approx(l0, rel=0.02)
+    assert low.config.d_sae == sae.config.d_sae
+    np.testing.assert_allclose(low.W_dec.norm(dim=1), 1, atol=1e-5)
+    random = random_directions(trained, x, 0)
+    rates = (trained.encode_dense(x) > 0).double().mean(dim=0)
+    found = (random.encode_dense(x) > 0).double().mean(dim=0)
+    below = rates < 0.4  # a direction fires at no more than about half of all tokens
+    assert int(below.sum()) > 10
+    np.testing.assert_allclose(found[below], rates[below], atol=0.01)
+
+
+def test_directions_are_orthogonal_or_random() -> None:
+    raw = np.random.default_rng(0).normal(size=(30, 5)) * np.array([5, 3, 1, 0.5, 0])
+    found = principal_components(raw)
+    assert found.shape == (5, 4)  # the last one does not vary
+    np.testing.assert_allclose(found.T @ found, np.eye(4), atol=1e-10)
+    assert abs(found[0, 0]) > 0.8 > abs(found[0, 1])
+    np.testing.assert_allclose(np.linalg.norm(unit_directions(5, 7, 0), axis=0), 1)
