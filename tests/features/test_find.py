@@ -58,7 +58,7 @@ def test_shuffled_labels_report_nothing_at_the_stated_rate() -> None:
             scores[order[:N]],
             scores[order[N:]],
             [f"document {i}" for i in order],
-            FindConfig(seed=shuffle, resamples=10),
+            FindConfig(seed=shuffle),
         )
         alarms += bool(result.latents)
     # If the rate is 5 %, more alarms than this come up once in a thousand such tests.
@@ -68,7 +68,7 @@ def test_shuffled_labels_report_nothing_at_the_stated_rate() -> None:
 def test_reported_numbers_ignore_the_splits_that_chose() -> None:
     scores = _scores(3)
     scores[:N, 7] += 3.0
-    config = FindConfig(resamples=50)
+    config = FindConfig()
     ids = _ids(2 * N)
     from unbraid.stats.splits import split_of
 
@@ -123,9 +123,9 @@ def test_the_interval_of_an_auroc_covers_the_truth() -> None:
 def test_large_sets_take_another_path_to_the_same_auroc(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = np.random.default_rng(0).integers(0, 9, 80).astype(float)
     labels = np.arange(80) < 30
-    small = auroc_interval(scores, labels, seed=1, resamples=500)
+    small = auroc_interval(scores, labels, seed=10)
     monkeypatch.setattr("unbraid.features.separation._MOST_PAIRS", 0)
-    large = auroc_interval(scores, labels, seed=1, resamples=500)
+    large = auroc_interval(scores, labels, seed=10)
     assert small.value == pytest.approx(large.value)
     assert small.low == pytest.approx(large.low, abs=0.05) and small.high == pytest.approx(
         large.high, abs=0.05

@@ -1,4 +1,4 @@
-"""`unbraid practice`: the practice assistant, its card and conversations, and superposition."""
+"""`unbraid practice`: the practice assistant, its card and conversations, superposition, planted features."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from unbraid.cli.planted import Judge, Planted, plant, weigh
 from unbraid.cli.progress import shown
 from unbraid.manifest.errors import IntegrityError, UserError
 from unbraid.manifest.files import building, write_json, write_text
@@ -91,10 +92,12 @@ Options = (
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Write, tyro.conf.subcommand("write")]
     | Annotated[Superposition, tyro.conf.subcommand("superposition")]
+    | Annotated[Planted, tyro.conf.subcommand("planted")]
+    | Annotated[Judge, tyro.conf.subcommand("judge")]
 )
 
 
-def run(options: Train | Verify | Write | Superposition) -> None:
+def run(options: Train | Verify | Write | Superposition | Planted | Judge) -> None:
     """Carry out one of the verbs of `unbraid practice`."""
     if isinstance(options, Train):
         _train(options)
@@ -102,8 +105,12 @@ def run(options: Train | Verify | Write | Superposition) -> None:
         _verify(options)
     elif isinstance(options, Write):
         _write(options)
-    else:
+    elif isinstance(options, Superposition):
         _superposition(options)
+    elif isinstance(options, Planted):
+        plant(options)
+    else:
+        weigh(options)
 
 
 def _train(options: Train) -> None:
