@@ -96,16 +96,19 @@ def _open(folder: Path, world: Path, identity: str) -> SAE:
 
 
 def _show(verdict: Verdict, world: Path) -> None:
-    title = f"{world}: {verdict.active:.1f} features fire at a sample; judged on {verdict.samples:,} fresh samples"
-    table = Table("", "what", *DEFINITIONS, title=title, title_justify="left")
-    for number, row in enumerate(verdict.rows):
-        ends = number + 1 == len(verdict.rows) or verdict.rows[number + 1].kind != row.kind
-        cells = [_cell(row.metrics.get(name)) for name in DEFINITIONS]
-        table.add_row(row.kind, row.name, *cells, end_section=ends)
+    judged = [row for row in verdict.rows if row.kind == "judged"]
+    rows = [row for row in verdict.rows if row.kind != "judged" or row is judged[-1]]
+    names = ["autoencoder" if row is judged[0] else row.name for row in rows]
+    table = Table("", *names)
+    for name in DEFINITIONS:
+        table.add_row(name, *(_cell(row.metrics.get(name)) for row in rows))
+    print(
+        f"{world}: {verdict.active:.1f} features fire at a sample; judged on {verdict.samples:,} fresh samples"
+    )
     Console().print(table)
     for name, definition in DEFINITIONS.items():
         print(f"{name}: {definition.meaning}")
-    print("±: 95 % interval of the mean over seeds, Student's")
+    print("±: 95 % interval of a mean over seeds, Student's; --json has every autoencoder by itself")
 
 
 def _cell(found: Interval | None) -> str:

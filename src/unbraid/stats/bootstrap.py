@@ -130,11 +130,11 @@ def bootstrap_ratio(
     """Return Σ numerator / Σ denominator, both (n,), drawn again together by document (n,).
 
     Studentised interval (Efron and Tibshirani, 1993, chapter 12): what is looked at in each resample is its
-    distance from the estimate in its own, linearised, standard errors. Plain percentiles are too narrow for
-    twenty or thirty documents and for skewed values; `benchmarks/calibration.py` measures both. Student's t
-    with the same standard error where there are fewer than `FEWEST` documents, and where resamples without
-    any spread are no rarity, as when one document alone differs from the others. Raises ValueError for
-    empty, unequal or non-finite input, and when the whole denominator is zero.
+    distance from the estimate in its own, linearised, standard errors; the estimate's own one is the
+    jackknife's. Plain percentiles are too narrow for twenty or thirty documents and for skewed values;
+    `benchmarks/calibration.py` measures both. Student's t where there are fewer than `FEWEST` documents, and
+    where resamples without any spread are no rarity, as when one document alone differs from the others.
+    Raises ValueError for empty, unequal or non-finite input, and when the whole denominator is zero.
     """
     above, below = _finite(numerator), _finite(denominator)
     inverse, count = _by_document(documents, above.size)
@@ -193,8 +193,8 @@ def paired_difference(
 
     The same documents are drawn for both, so what varies between documents and not between a and b cancels.
     Where all values are 0 or 1 most differences are 0, and a handful of others make a poor bootstrap; there
-    the interval is Student's about the mean with two documents more, one for each sign (Bonett and Price,
-    2012). Raises ValueError as `bootstrap_mean` does.
+    the interval is Student's about the mean with two pairs more, one for each sign (Bonett and Price, 2012).
+    Raises ValueError as `bootstrap_mean` does.
     """
     first, second = _finite(a), _finite(b)
     _check(first.shape == second.shape, "a paired difference needs both values for each unit")
@@ -206,8 +206,7 @@ def paired_difference(
     value = float(changes.sum() / sizes.sum())
     if count == 1:
         return Interval(value, value, value, 1)
-    one = sizes.mean()
-    changes, sizes = np.append(changes, [one, -one]), np.append(sizes, [one, one])
+    changes, sizes = np.append(changes, [1.0, -1.0]), np.append(sizes, [1.0, 1.0])
     centre = changes.sum() / sizes.sum()
     half = _t(level, count + 1) * _standard_error(changes - centre * sizes, sizes)
     low, high = max(-1.0, float(centre - half)), min(1.0, float(centre + half))
@@ -224,7 +223,6 @@ def _studentised(
     """
     n = len(rest)
     columns = (rest, sizes, rest * rest, rest * sizes, sizes * sizes)
-    least = ROUNDING * float(np.abs(rest).max())
     parts: list[NDArray[np.float64]] = []
     rows = max(1, DRAWN_AT_ONCE // n)
     for start in range(0, resamples, rows):
@@ -233,18 +231,24 @@ def _studentised(
         with np.errstate(divide="ignore", invalid="ignore"):
             distance = r / b
             # Σ (rest − distance · size)², a resample's own residuals.
-            squares = np.maximum(rr - 2 * distance * rb + distance**2 * bb, 0.0)
-            spread = np.sqrt(n / (n - 1) * squares)
-            spread[spread <= least] = 0.0
-            t = np.where(r == 0, np.where(spread > 0, 0.0, np.nan), r * np.sign(b) / spread)
-            parts.append(np.where(b == 0, np.nan, t))
+            squares = rr - 2 * distance * rb + distance**2 * bb
+            squares[squares <= ROUNDING * (rr + distance**2 * bb)] = 0.0
+            parts.append(np.where(b == 0, np.nan, r * np.sign(b) / np.sqrt(n / (n - 1) * squares)))
     return np.concatenate(parts)
 
 
 def _standard_error(rest: NDArray[np.float64], sizes: NDArray[np.float64]) -> float:
-    """Linearised standard error of a ratio from each document's rest (n,) and denominator (n,); 0 for one."""
-    n = len(rest)
-    return float(np.sqrt(n / max(n - 1, 1) * (rest**2).sum()) / abs(sizes.sum())) if n > 1 else 0.0
+    """The jackknife's standard error of a ratio (Efron and Tibshirani, 1993, chapter 11) from each document's
+    rest (n,) and denominator (n,); 0 for one document.
+
+    A long document pulls the estimate to itself and leaves a small rest; without it the estimate differs from
+    the whole by rest / (total − its own).
+    """
+    n, total = len(rest), float(sizes.sum())
+    if n == 1:
+        return 0.0
+    without = 1 - np.clip(sizes / total, 0.0, 1 - 1 / n)  # at least 1/n, where sizes of both signs cancel
+    return float(np.sqrt((n - 1) / n * np.square(rest / without).sum()) / abs(total))
 
 
 def _by_document(documents: Sequence[object] | NDArray[np.generic], n: int) -> tuple[NDArray[np.intp], int]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import brentq, root_scalar
+from scipy.optimize import root_scalar
 from scipy.stats import norm, rankdata
 
 from unbraid.stats.bootstrap import Interval, wilson
@@ -59,8 +60,8 @@ def auroc_interval(scores: ArrayLike, labels: ArrayLike, level: float = 0.95) ->
         return (value - truth) ** 2 - z2 * variance
 
     # At 0 and 1 the variance vanishes, so that these are roots themselves where they were observed.
-    low = 0.0 if value == 0 else float(brentq(surprise, 0.0, value if value < 1 else 1 - 1e-12))
-    high = 1.0 if value == 1 else float(brentq(surprise, value if value > 0 else 1e-12, 1.0))
+    low = 0.0 if value == 0 else _root(surprise, 0.0, min(value, 1 - 1e-12))
+    high = 1.0 if value == 1 else _root(surprise, max(value, 1e-12), 1.0)
     return Interval(value=value, low=low, high=high, n=positive.size)
 
 
@@ -149,7 +150,11 @@ def minimum_detectable_difference(
     if shortfall(room) > 0:
         return None
     # At delta = 0 and a base rate of 0 the shortfall touches 0, which is no difference: start just above.
-    return float(root_scalar(shortfall, bracket=(1e-12, room)).root)
+    return _root(shortfall, 1e-12, room)
+
+
+def _root(function: Callable[[float], float], low: float, high: float) -> float:
+    return float(root_scalar(function, bracket=(low, high)).root)
 
 
 def two_groups(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
