@@ -45,7 +45,7 @@ def test_a_stranger_plants_trains_and_judges(folders: tuple[Path, Path], capsys)
     command = ["practice", "judge", "--world", str(world), "--sae", str(sae), "--samples", "2048"]
     assert main(command) == 0
     printed = capsys.readouterr().out
-    for line in ("untrained", "random", "autoencoder", "dictionary", "probes", "fresh samples"):
+    for line in ("untrained", "random", "autoencoder", "dictionary", "probes", "fresh ones"):
         assert line in printed
     assert all(f"{name}: {d.meaning}" in printed for name, d in DEFINITIONS.items())
     assert main([*command, "--json"]) == 0

@@ -142,6 +142,14 @@ def test_no_ratio_is_without_finite_ends_around_it(pairs: list[tuple[float, floa
     assert found.low <= found.value <= found.high
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_the_size_of_the_numbers_does_not_matter(scale: float) -> None:
+    a, b = np.random.default_rng(0).gamma(2, 1, (2, 20))
+    found, plain = (bootstrap_ratio(a * s, b, np.arange(20), seed=0) for s in (scale, 1.0))
+    assert (found.low / scale, found.high / scale) == pytest.approx((plain.low, plain.high), rel=1e-6)
+
+
 def test_a_rate_by_document_counts_copies_once() -> None:
     rng = np.random.default_rng(1)
     hits = rng.random(40) < 0.2

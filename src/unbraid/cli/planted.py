@@ -103,7 +103,7 @@ def _show(verdict: Verdict, world: Path) -> None:
     for name in DEFINITIONS:
         table.add_row(name, *(_cell(row.metrics.get(name)) for row in rows))
     print(
-        f"{world}: {verdict.active:.1f} features fire at a sample; judged on {verdict.samples:,} fresh samples"
+        f"{world}: {verdict.active:.1f} features fire at a sample; judged on {verdict.samples:,} fresh ones"
     )
     Console().print(table)
     for name, definition in DEFINITIONS.items():

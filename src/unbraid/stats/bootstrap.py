@@ -153,7 +153,7 @@ def bootstrap_ratio(
     if count >= FEWEST:
         drawn = _studentised(rest, sizes, np.random.default_rng(seed), resamples)
         drawn = drawn[~np.isnan(drawn)]
-        if np.isinf(drawn).mean() <= RARE:
+        if drawn.size and np.isinf(drawn).mean() <= RARE:
             left, right = np.quantile(drawn, [tail, 1 - tail], method="inverted_cdf")
     # Turned round: a resample far above the estimate says that the truth may be as far below it.
     low, high = value - max(float(right), 0.0) * error, value - min(float(left), 0.0) * error
@@ -222,6 +222,7 @@ def _studentised(
     spread to measure it by.
     """
     n = len(rest)
+    rest, sizes = rest / np.abs(rest).max(), sizes / np.abs(sizes).max()  # squares must not overflow
     columns = (rest, sizes, rest * rest, rest * sizes, sizes * sizes)
     parts: list[NDArray[np.float64]] = []
     rows = max(1, DRAWN_AT_ONCE // n)
@@ -248,7 +249,8 @@ def _standard_error(rest: NDArray[np.float64], sizes: NDArray[np.float64]) -> fl
     if n == 1:
         return 0.0
     without = 1 - np.clip(sizes / total, 0.0, 1 - 1 / n)  # at least 1/n, where sizes of both signs cancel
-    return float(np.sqrt((n - 1) / n * np.square(rest / without).sum()) / abs(total))
+    most = float(np.abs(rest).max()) or 1.0
+    return float(most * np.sqrt((n - 1) / n * np.square(rest / most / without).sum()) / abs(total))
 
 
 def _by_document(documents: Sequence[object] | NDArray[np.generic], n: int) -> tuple[NDArray[np.intp], int]:
