@@ -36,7 +36,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[DocumentScores, np
 
 def found(scores: DocumentScores, labels: np.ndarray, seed: int) -> int:
     ids = [scores.ids[i] for i in (*np.flatnonzero(labels), *np.flatnonzero(~labels))]
-    config = FindConfig(seed=seed, permutations=100, resamples=50)
+    config = FindConfig(seed=seed, permutations=100)
     return find(scores.latents[labels], scores.latents[~labels], ids, config).passed
 
 

@@ -13,6 +13,7 @@ from sklearn.metrics import roc_auc_score
 
 from unbraid.stats.effects import (
     auroc,
+    auroc_interval,
     auroc_p_value,
     cohens_d,
     minimum_detectable_difference,
@@ -48,6 +49,29 @@ def test_p_values_equal_scipys_with_ties(data: tuple[np.ndarray, np.ndarray], al
             continue
         args = {"alternative": alternative, "method": "asymptotic", "use_continuity": True}
         assert p == pytest.approx(mannwhitneyu(column[labels], column[~labels], **args).pvalue, abs=1e-10)
+
+
+@settings(deadline=None, max_examples=60)
+@given(scored())
+def test_the_ends_of_an_aurocs_interval_are_newcombes_surprises(data: tuple[np.ndarray, np.ndarray]) -> None:
+    scores, labels = data[0][:, 0], data[1]
+    found = auroc_interval(scores, labels)
+    assert found.value == pytest.approx(float(auroc(scores, labels))) and found.n == len(labels)
+    assert 0 <= found.low <= found.value <= found.high <= 1 and found.low < found.high
+    m, n = labels.sum(), (~labels).sum()
+    for end in {found.low, found.high} - {0.0, 1.0}:
+        q1, q2 = end / (2 - end), 2 * end**2 / (1 + end)  # Hanley and McNeil (1982)
+        # Newcombe's method 5 sets both group sizes of their formula to their mean.
+        size = (m + n) / 2
+        variance = end * (1 - end) + (size - 1) * (q1 - end**2) + (size - 1) * (q2 - end**2)
+        assert abs(found.value - end) == pytest.approx(1.959964 * np.sqrt(variance / (m * n)), rel=1e-4)
+    turned = auroc_interval(-scores, labels)
+    assert (turned.low, turned.high) == pytest.approx((1 - found.high, 1 - found.low), abs=1e-9)
+
+
+def test_groups_wholly_apart_have_an_interval_and_no_point() -> None:
+    found = auroc_interval(np.arange(40.0), np.arange(40) >= 20)
+    assert found.value == found.high == 1 and 0.8 < found.low < 0.95
 
 
 def test_cohens_d_by_hand() -> None:
@@ -94,7 +118,7 @@ def test_the_minimum_detectable_difference_shrinks_with_n_and_may_not_exist() ->
     assert never is not None and never > 0.01
 
 
-@pytest.mark.parametrize("measure", [auroc, auroc_p_value, cohens_d])
+@pytest.mark.parametrize("measure", [auroc, auroc_interval, auroc_p_value, cohens_d])
 def test_one_class_nan_and_wrong_shapes_are_refused(measure) -> None:
     for scores, labels in [
         ([1.0, 2.0, 3.0], [1, 1, 1]),

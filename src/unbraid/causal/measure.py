@@ -16,7 +16,7 @@ from unbraid.manifest.progress import Progress
 from unbraid.model.edits import Edit
 from unbraid.model.generate import Reply, generate
 from unbraid.model.load import LanguageModel
-from unbraid.stats.bootstrap import Interval, bootstrap_mean, paired_difference, rate
+from unbraid.stats.bootstrap import Interval, paired_difference, rate, rate_by_document
 
 Quantity = Literal["incident", "kept", "helpful", "refused"]
 QUANTITIES: tuple[Quantity, ...] = ("incident", "kept", "helpful", "refused")
@@ -79,10 +79,10 @@ class Measurement:
         """The replies as text (n,)."""
         return [reply.text for reply in self.replies]
 
-    def rate(self, quantity: Quantity, *, seed: int = 0, resamples: int = 2000) -> Interval | None:
+    def rate(self, quantity: Quantity) -> Interval | None:
         """Rate of a quantity with its 95 % interval, or None where no probe asks for it.
 
-        Wilson's interval where each probe was sampled once, else the bootstrap by probe.
+        Wilson's interval; where probes were sampled more than once, for as many replies as tell as much.
         """
         values = self.outcomes[quantity]
         asked = ~np.isnan(values)
@@ -91,7 +91,7 @@ class Measurement:
         probes = np.array(self.probe_ids)[asked]
         if len(set(self.probe_ids)) == len(self.probe_ids):
             return rate(values[asked] > 0)
-        return bootstrap_mean(values[asked], probes, seed=seed, resamples=resamples)
+        return rate_by_document(values[asked] > 0, probes)
 
     def change_from(
         self, baseline: Measurement, quantity: Quantity, *, seed: int = 0, resamples: int = 2000

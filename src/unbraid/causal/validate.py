@@ -307,8 +307,7 @@ class _Run:
         )
 
     def _rates(self, measured: Measurement) -> Intervals:
-        seed, resamples = self.config.sampling.seed, self.config.resamples
-        return {q: measured.rate(q, seed=seed, resamples=resamples) for q in QUANTITIES}
+        return {q: measured.rate(q) for q in QUANTITIES}
 
     def _changes(self, measured: Measurement, baseline: Measurement) -> Intervals:
         if not measured.probe_ids:

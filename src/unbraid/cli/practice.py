@@ -1,4 +1,5 @@
-"""`unbraid practice`: the practice assistant, its card, conversations and concepts, and superposition."""
+"""`unbraid practice`: the practice assistant, its card, conversations and concepts, superposition, planted
+features."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from unbraid.cli.planted import Judge, Planted, plant, weigh
 from unbraid.cli.progress import shown
 from unbraid.manifest.errors import IntegrityError, UserError
 from unbraid.manifest.files import building, write_json, write_text
@@ -107,10 +109,12 @@ Options = (
     | Annotated[Write, tyro.conf.subcommand("write")]
     | Annotated[Superposition, tyro.conf.subcommand("superposition")]
     | Annotated[Concepts, tyro.conf.subcommand("concepts")]
+    | Annotated[Planted, tyro.conf.subcommand("planted")]
+    | Annotated[Judge, tyro.conf.subcommand("judge")]
 )
 
 
-def run(options: Train | Verify | Write | Superposition | Concepts) -> None:
+def run(options: Train | Verify | Write | Superposition | Concepts | Planted | Judge) -> None:
     """Carry out one of the verbs of `unbraid practice`."""
     if isinstance(options, Train):
         _train(options)
@@ -120,8 +124,12 @@ def run(options: Train | Verify | Write | Superposition | Concepts) -> None:
         _write(options)
     elif isinstance(options, Concepts):
         _concepts(options)
-    else:
+    elif isinstance(options, Superposition):
         _superposition(options)
+    elif isinstance(options, Planted):
+        plant(options)
+    else:
+        weigh(options)
 
 
 def _train(options: Train) -> None:

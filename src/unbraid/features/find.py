@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unbraid.features.separation import (
-    auroc_interval,
     best_threshold,
     linear_readout,
     mean_difference_readout,
@@ -26,6 +25,7 @@ from unbraid.manifest.errors import UserError
 from unbraid.stats.bootstrap import Interval
 from unbraid.stats.effects import (
     auroc,
+    auroc_interval,
     auroc_p_value,
     cohens_d,
     minimum_detectable_difference,
@@ -53,10 +53,8 @@ class FindConfig:
     """At most this many latents are reported."""
     permutations: int = 200
     """Permutations of the labels behind the null of the best latent."""
-    resamples: int = 2000
-    """Bootstrap resamples of each interval."""
     seed: int = 0
-    """Seed of permutations and resamples."""
+    """Seed of the permutations."""
 
     def __post_init__(self) -> None:
         total = math.fsum(self.shares.values())
@@ -197,9 +195,7 @@ def find(
         hits = column[report][own[report]] > bar
         false_alarms = column[report][~own[report]] > bar
         effect = float(cohens_d(column[report], labels[report]))
-        interval = auroc_interval(
-            column[report], labels[report], seed=config.seed, resamples=config.resamples
-        )
+        interval = auroc_interval(column[report], labels[report])
         found.append(
             SeparatingLatent(
                 latent=latent,
@@ -229,13 +225,12 @@ def find(
             name: (int(labels[splits[name]].sum()), int((~labels[splits[name]]).sum())) for name in SPLITS
         },
         minimum_detectable_difference=minimum_detectable_difference(*n_report, 0.5),
-        baselines=() if raw is None else _baselines(np.concatenate(raw), labels, rank, report, config),
+        baselines=() if raw is None else _baselines(np.concatenate(raw), labels, rank, report),
         config={
             "shares": dict(config.shares),
             "alpha": config.alpha,
             "top": config.top,
             "permutations": config.permutations,
-            "resamples": config.resamples,
             "seed": config.seed,
         },
     )
@@ -261,7 +256,6 @@ def _baselines(
     labels: NDArray[np.bool_],
     fit: NDArray[np.int64],
     report: NDArray[np.int64],
-    config: FindConfig,
 ) -> tuple[Readout, ...]:
     found: list[Readout] = []
     for name, readout in (
@@ -269,6 +263,5 @@ def _baselines(
         ("difference of means at the site", mean_difference_readout),
     ):
         scores = readout(raw[fit], labels[fit], raw[report])
-        interval = auroc_interval(scores, labels[report], seed=config.seed, resamples=config.resamples)
-        found.append(Readout(name, interval))
+        found.append(Readout(name, auroc_interval(scores, labels[report])))
     return tuple(found)

@@ -1,4 +1,4 @@
-"""How well one number a document separates two sets: thresholds, intervals and the best linear read-outs."""
+"""Telling two sets of documents apart by one number each: the threshold, and the best linear read-outs."""
 
 from __future__ import annotations
 
@@ -7,14 +7,8 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from unbraid.stats.bootstrap import Interval
-from unbraid.stats.effects import auroc
-
 Scores = NDArray[np.float64]
 Labels = NDArray[np.bool_]
-
-# Pairs of documents compared at once; more would only cost memory.
-_MOST_PAIRS = 4_000_000
 
 
 def best_threshold(scores: Scores, labels: Labels) -> float:
@@ -33,34 +27,6 @@ def best_threshold(scores: Scores, labels: Labels) -> float:
     gain[:-1][values[1:] == values[:-1]] = -np.inf  # equal scores cannot be told apart
     best = int(np.argmax(gain))
     return float(values[best] if best + 1 == len(values) else (values[best] + values[best + 1]) / 2)
-
-
-def auroc_interval(
-    scores: Scores, labels: Labels, *, seed: int, resamples: int = 2000, level: float = 0.95
-) -> Interval:
-    """AUROC of positive over negative scores (n,), ties counting half, with a percentile bootstrap
-    interval.
-
-    Documents are resampled within each of the two sets (Efron and Tibshirani, 1993), since how many of
-    each kind there are was the experimenter's choice.
-    """
-    positive, negative = scores[labels], scores[~labels]
-    rng = np.random.default_rng(seed)
-    if len(positive) * len(negative) <= _MOST_PAIRS:
-        won = np.sign(positive[:, None] - negative[None, :]) / 2 + 0.5  # (positive, negative)
-        value = float(won.mean())
-        up = rng.multinomial(len(positive), np.full(len(positive), 1 / len(positive)), size=resamples)
-        down = rng.multinomial(len(negative), np.full(len(negative), 1 / len(negative)), size=resamples)
-        draws = ((up @ won) * down).sum(axis=1) / (len(positive) * len(negative))
-    else:
-        value = float(auroc(scores, labels))
-        draws = np.empty(resamples)
-        for draw in range(resamples):
-            up = positive[rng.integers(len(positive), size=len(positive))]
-            down = negative[rng.integers(len(negative), size=len(negative))]
-            draws[draw] = auroc(np.concatenate([up, down]), np.arange(len(up) + len(down)) < len(up))
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(value=value, low=float(low), high=float(high), n=len(scores))
 
 
 def linear_readout(

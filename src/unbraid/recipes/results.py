@@ -22,7 +22,7 @@ from unbraid.evaluation.evaluate import evaluate
 from unbraid.features.index import IndexConfig, build_index
 from unbraid.features.page import Index
 from unbraid.features.scores import document_scores
-from unbraid.features.separation import auroc_interval, linear_readout
+from unbraid.features.separation import linear_readout
 from unbraid.manifest.errors import IntegrityError
 from unbraid.manifest.files import write_json
 from unbraid.manifest.record import check_files, read_manifest
@@ -30,6 +30,7 @@ from unbraid.recipes.guarding import Guarded
 from unbraid.recipes.prompts import PromptSet
 from unbraid.recipes.workshop import Workshop
 from unbraid.stats.bootstrap import Interval, rate
+from unbraid.stats.effects import auroc_interval
 
 CURVE = (1.0, 2.0, 3.0, 4.0, 6.0)
 """Doses of the curve that is drawn; the policy's own was chosen before on other prompts."""
@@ -128,14 +129,12 @@ def separation(shop: Workshop, guarded: Guarded, test: PromptSet) -> dict[str, A
     fit = [list(read_documents(shop.out / "replies" / f"{n}.jsonl")) for n in ("positive", "negative")]
     raw = [document_scores(guarded.reader.sae, shop.lm, d).raw for d in fit]
     fit_labels = np.arange(sum(map(len, fit))) < len(fit[0])
-    seed, latents = shop.config.seed, guarded.chosen["latents"]
+    latents = guarded.chosen["latents"]
     readout = linear_readout(np.concatenate(raw), fit_labels, scores.raw)
     return {
         "labels": "known truth" if all(t is not None for t, _, _ in rows) else "incidents in the replies",
-        "latents": {
-            j: auroc_interval(scores.latents[:, j].astype(float), labels, seed=seed) for j in latents
-        },
-        "linear": auroc_interval(readout, labels, seed=seed),
+        "latents": {j: auroc_interval(scores.latents[:, j].astype(float), labels) for j in latents},
+        "linear": auroc_interval(readout, labels),
     }
 
 

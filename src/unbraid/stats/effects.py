@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -37,6 +38,31 @@ def auroc_from_ranks(rank_sums: NDArray[np.float64], positives: int, n: int) -> 
     """Return the AUROC that belongs to the summed ranks of the positives (Mann–Whitney's U, scaled)."""
     u = rank_sums - positives * (positives + 1) / 2
     return np.asarray(u / (positives * (n - positives)), dtype=np.float64)
+
+
+def auroc_interval(scores: ArrayLike, labels: ArrayLike, level: float = 0.95) -> Interval:
+    """Return the AUROC of one column of scores (n,) with a score interval (Newcombe, 2006, method 5).
+
+    Like Wilson's for a rate it asks which true values would make what was seen no surprise, by Hanley and
+    McNeil's variance; it does not end at a point where both groups are wholly apart. Raises ValueError as
+    `auroc` does.
+    """
+    ranks, positive = ranked(np.asarray(scores).reshape(-1), labels)
+    n1 = int(positive.sum())
+    n0 = positive.size - n1
+    value = float(auroc_from_ranks(np.asarray(positive.astype(np.float64) @ ranks), n1, positive.size))
+    z2 = float(norm.ppf((1 + level) / 2)) ** 2
+    pairs = (n1 + n0) / 2 - 1
+
+    def surprise(truth: float) -> float:
+        variance = truth * (1 - truth) / (n1 * n0)
+        variance *= 1 + pairs * ((1 - truth) / (2 - truth) + truth / (1 + truth))
+        return (value - truth) ** 2 - z2 * variance
+
+    # At 0 and 1 the variance vanishes, so that these are roots themselves where they were observed.
+    low = 0.0 if value == 0 else _root(surprise, 0.0, min(value, 1 - 1e-12))
+    high = 1.0 if value == 1 else _root(surprise, max(value, 1e-12), 1.0)
+    return Interval(value=value, low=low, high=high, n=positive.size)
 
 
 def auroc_p_value(
@@ -124,7 +150,11 @@ def minimum_detectable_difference(
     if shortfall(room) > 0:
         return None
     # At delta = 0 and a base rate of 0 the shortfall touches 0, which is no difference: start just above.
-    return float(root_scalar(shortfall, bracket=(1e-12, room)).root)
+    return _root(shortfall, 1e-12, room)
+
+
+def _root(function: Callable[[float], float], low: float, high: float) -> float:
+    return float(root_scalar(function, bracket=(low, high)).root)
 
 
 def two_groups(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:

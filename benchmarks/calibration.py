@@ -1,0 +1,359 @@
+"""Whether the statistics keep their promises: false alarms of every test, coverage of every interval.
+
+    make bench NAME=calibration JSON=out.json
+    python benchmarks/calibration.py --runs 300        # a quick look
+
+Data are drawn again and again from processes whose truth is known. *False alarms*: both groups come from one
+process; the share of runs in which a test at 5 % says that they differ, or a 95 % interval leaves out "no
+difference". *Coverage*: the share of runs in which a 95 % interval holds the truth. In parentheses Wilson's
+interval over the runs. Documents have unequal numbers of tokens and skewed values; the plain percentile
+bootstrap stands beside ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import norm
+
+from unbraid.features.find import FindConfig, find
+from unbraid.stats.bootstrap import (
+    Interval,
+    bootstrap_mean,
+    bootstrap_ratio,
+    bootstrap_unexplained,
+    mean_of_runs,
+    paired_difference,
+    rate,
+    rate_by_document,
+    wilson,
+)
+from unbraid.stats.effects import (
+    auroc,
+    auroc_interval,
+    auroc_p_value,
+    minimum_detectable_difference,
+    risk_difference,
+)
+from unbraid.stats.multiple import benjamini_hochberg
+from unbraid.stats.permutation import familywise_p_value, max_statistic_null
+
+Rng = np.random.Generator
+RESAMPLES = 1000
+
+
+# --- tests: each returns whether it raised an alarm on data without any effect ---
+
+
+def max_statistic(rng: Rng, statistic: Any) -> bool:
+    """The best of 60 sparse latents, correlated in threes, on 40 documents."""
+    scores = np.maximum(0, np.repeat(rng.normal(size=(40, 20)), 3, axis=1) + rng.normal(-0.7, 1, (40, 60)))
+    labels = rng.permutation(np.arange(40) < 16)
+    if statistic == "mean_difference":
+        best = (scores[labels].mean(axis=0) - scores[~labels].mean(axis=0)).max() - 1e-12
+    else:
+        found = auroc(scores, labels)
+        best = (np.maximum(found, 1 - found) if statistic == "auroc_two_sided" else found).max() - 1e-12
+    null = max_statistic_null(scores, labels, statistic, permutations=99, seed=int(rng.integers(2**31)))
+    return bool(familywise_p_value(best, null) <= 0.05)
+
+
+def benjamini(rng: Rng) -> bool:
+    """Any of 60 latents with a q-value of at most 5 %."""
+    scores = np.maximum(0, np.repeat(rng.normal(size=(40, 20)), 3, axis=1) + rng.normal(-0.7, 1, (40, 60)))
+    p = auroc_p_value(scores, rng.permutation(np.arange(40) < 16))
+    return bool(benjamini_hochberg(p).min() <= 0.05)
+
+
+def one_auroc(rng: Rng) -> bool:
+    """One latent that was named beforehand."""
+    return bool(auroc_p_value(rng.exponential(size=40), np.arange(40) < 16) <= 0.05)
+
+
+def search(rng: Rng) -> bool:
+    """`unbraid find` reports any latent of 40."""
+    scores = np.maximum(0, rng.normal(-0.5, 1, (160, 40))).astype(np.float32)
+    names = [f"{rng.integers(2**62)}" for _ in range(160)]
+    config = FindConfig(permutations=99, seed=int(rng.integers(2**31)))
+    return bool(find(scores[:80], scores[80:], names, config).latents)
+
+
+def leaves_out(interval: Interval, null: float) -> bool:
+    return not interval.low <= null <= interval.high
+
+
+def paired_rates(rng: Rng, n: int, samples: int = 1) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Replies to n prompts under two conditions that share much of their randomness, and the prompts."""
+    chance = np.repeat(rng.beta(0.6, 1.4, n), samples)
+    shared, same = rng.random(len(chance)), rng.random((2, len(chance))) < 0.7
+    a, b = ((np.where(same[i], shared, rng.random(len(chance))) < chance) for i in range(2))
+    return a.astype(float), b.astype(float), np.repeat(np.arange(n), samples)
+
+
+TESTS: dict[str, Callable[[Rng], bool]] = {
+    "max statistic, auroc": lambda rng: max_statistic(rng, "auroc"),
+    "max statistic, auroc two-sided": lambda rng: max_statistic(rng, "auroc_two_sided"),
+    "max statistic, mean difference": lambda rng: max_statistic(rng, "mean_difference"),
+    "Benjamini-Hochberg, any": benjamini,
+    "auroc p-value": one_auroc,
+    "unbraid find, any latent": search,
+    "auroc interval, 20 + 20": lambda rng: leaves_out(
+        auroc_interval(np.maximum(0, rng.normal(size=40)), np.arange(40) < 20), 0.5
+    ),
+    "risk difference, 40 + 60 at .3": lambda rng: leaves_out(
+        risk_difference(rng.random(40) < 0.3, rng.random(60) < 0.3), 0.0
+    ),
+    "paired rates, 60 prompts": lambda rng: leaves_out(
+        paired_difference(*paired_rates(rng, 60), 0, RESAMPLES), 0.0
+    ),
+    "paired rates, 30 prompts × 4": lambda rng: leaves_out(
+        paired_difference(*paired_rates(rng, 30, 4), 0, RESAMPLES), 0.0
+    ),
+    "paired means, 30 skewed documents": lambda rng: leaves_out(
+        paired_difference(
+            *(np.repeat(rng.gamma(2, 1, 30), 1) + rng.gamma(1, 1, (2, 30))), np.arange(30), 0, RESAMPLES
+        ),
+        0.0,
+    ),
+}
+
+
+# --- intervals: each draws data and returns the interval, the percentile bootstrap's, and the truth ---
+
+Measured = tuple[Interval, tuple[float, float] | None, float]
+
+
+def percentiles(above: NDArray[Any], below: NDArray[Any], rng: Rng) -> tuple[float, float]:
+    """The plain percentile bootstrap of a ratio of sums over documents, for comparison."""
+    drawn = rng.integers(0, len(above), (RESAMPLES, len(above)))
+    low, high = np.quantile(above[drawn].sum(axis=1) / below[drawn].sum(axis=1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def tokens(rng: Rng, n: int) -> NDArray[Any]:
+    """Tokens of n documents: log-normal, some 55 on average, a tenth of them beyond 150."""
+    return np.maximum(1, np.round(rng.lognormal(4, 0.8, n)))
+
+
+def ratio(rng: Rng, above: NDArray[Any], below: NDArray[Any], truth: float) -> Measured:
+    found = bootstrap_ratio(above, below, np.arange(len(above)), int(rng.integers(2**31)), RESAMPLES)
+    return found, percentiles(above, below, rng), truth
+
+
+def mean_of_documents(rng: Rng, n: int, skew: str) -> Measured:
+    """A mean over documents, one value each."""
+    drawn = {
+        "normal": lambda: (rng.normal(1, 1, n), 1.0),
+        "gamma": lambda: (rng.gamma(2, 0.5, n), 1.0),
+        "exponential": lambda: (rng.exponential(1, n), 1.0),
+    }
+    values, truth = drawn[skew]()
+    found = bootstrap_mean(values, np.arange(n), int(rng.integers(2**31)), RESAMPLES)
+    return found, percentiles(values, np.ones(n), rng), truth
+
+
+def per_token(rng: Rng, n: int) -> Measured:
+    """A mean over tokens, such as MSE: documents differ in length and in level (gamma, skewness 1)."""
+    T = tokens(rng, n)
+    level = rng.gamma(4, 0.25, n)
+    return ratio(rng, T * level + np.sqrt(T) * rng.normal(0, 0.5, n), T, 1.0)
+
+
+def recovered(rng: Rng, n: int) -> Measured:
+    """Loss recovered: (CE_abl − CE_sae) / (CE_abl − CE_clean), both differing from document to document."""
+    T = tokens(rng, n)
+    gap, cost = T * rng.gamma(5, 0.6, n), T * rng.gamma(1.5, 0.1, n)
+    return ratio(rng, gap - cost, gap, 1 - 0.15 / 3)
+
+
+def unexplained(rng: Rng, n: int, d: int = 16) -> Measured:
+    """FVU: every document has a mean of its own about the common one, and an error of its own level."""
+    T = tokens(rng, n).astype(int)
+    centre, offsets = np.full(d, 2.0), rng.normal(0, 0.5, (n, d))
+    level = rng.gamma(5, 0.2, n)  # of the spread within a document, 1 on average
+    # Sums over tokens drawn as such: Σ x of T normal tokens, Σ ‖x − mean‖² as a chi-square.
+    wobble = rng.normal(size=(n, d)) * np.sqrt(level[:, None] * T[:, None])
+    within = level * rng.chisquare(np.maximum(T - 1, 1) * d) * (T > 1)
+    total = T[:, None] * (centre + offsets) + wobble
+    square = within + (total**2).sum(axis=1) / T
+    error = 0.1 * T * d * level * rng.gamma(6, 1 / 6, n)
+    found = bootstrap_unexplained(error, square, total, T, int(rng.integers(2**31)), RESAMPLES)
+
+    drawn = rng.multinomial(n, np.full(n, 1 / n), RESAMPLES)
+    own = (drawn @ total) / (drawn @ T)[:, None]
+    variance = (drawn @ square) / (drawn @ T) - (own**2).sum(axis=1)
+    low, high = np.quantile((drawn @ error) / (drawn @ T) / variance, [0.025, 0.975])
+    return found, (float(low), float(high)), 0.1 * d / (d + 0.25 * d)
+
+
+def paired_means(rng: Rng, n: int) -> Measured:
+    """A paired difference of a number, such as ΔCE between two autoencoders on the same documents."""
+    level = rng.gamma(2, 1, n)
+    a, b = level + rng.gamma(1, 0.5, n), level + rng.gamma(1, 0.3, n)
+    found = paired_difference(a, b, np.arange(n), int(rng.integers(2**31)), RESAMPLES)
+    return found, percentiles(a - b, np.ones(n), rng), 0.2
+
+
+def paired_share(rng: Rng, n: int, samples: int, gain: float) -> Measured:
+    """A paired difference of rates: a condition that takes away a share `gain` of the incidents."""
+    a, b, prompts = paired_rates(rng, n, samples)
+    b = b * (rng.random(len(b)) < 1 - gain)
+    found = paired_difference(a, b, prompts, int(rng.integers(2**31)), RESAMPLES)
+    sums = np.bincount(prompts, weights=a - b)
+    return found, percentiles(sums, np.full(n, float(samples)), rng), 0.3 * gain
+
+
+def share(rng: Rng, n: int, p: float) -> Measured:
+    """A rate of independent trials."""
+    hits = rng.random(n) < p
+    return rate(hits), percentiles(hits.astype(float), np.ones(n), rng), p
+
+
+def clustered_share(rng: Rng, n: int, samples: int, p: float) -> Measured:
+    """A rate with several replies to each of n prompts, which differ in how easy they are."""
+    prompts = np.repeat(np.arange(n), samples)
+    hits = rng.random(len(prompts)) < np.repeat(rng.beta(2 * p, 2 * (1 - p), n), samples)
+    sums = np.bincount(prompts, weights=hits)
+    return rate_by_document(hits, prompts), percentiles(sums, np.full(n, float(samples)), rng), p
+
+
+def separation(rng: Rng, n: int, m: int, truth: float, sparse: bool) -> Measured:
+    """AUROC; sparse scores are 0 for about half of the negatives."""
+    shift = float(np.sqrt(2) * norm.ppf(truth))
+    up, down = rng.normal(shift, 1, n), rng.normal(0, 1, m)
+    if sparse:
+        up, down, truth = np.maximum(up, 0.0), np.maximum(down, 0.0), rectified(shift)
+    won = np.sign(up[:, None] - down) / 2 + 0.5
+    rows = rng.multinomial(n, np.full(n, 1 / n), RESAMPLES) / n
+    columns = rng.multinomial(m, np.full(m, 1 / m), RESAMPLES) / m
+    low, high = np.quantile(((rows @ won) * columns).sum(axis=1), [0.025, 0.975])
+    found = auroc_interval(np.concatenate([up, down]), np.arange(n + m) < n)
+    return found, (float(low), float(high)), truth
+
+
+@cache
+def rectified(shift: float) -> float:
+    """AUROC of max(0, N(shift, 1)) over max(0, N(0, 1)), by the trapezoid rule."""
+    x = np.linspace(0, shift + 10, 20_001)
+    above = np.trapezoid(norm.pdf(x - shift) * norm.cdf(x), x)
+    return float(above + norm.cdf(-shift) * 0.5 / 2)
+
+
+def difference_of_rates(rng: Rng, n: int, m: int, p: float, q: float) -> Measured:
+    return risk_difference(rng.random(n) < p, rng.random(m) < q), None, p - q
+
+
+def seeds(rng: Rng, n: int) -> Measured:
+    return mean_of_runs(rng.normal(1, 0.1, n)), None, 1.0
+
+
+INTERVALS: dict[str, Callable[[Rng], Measured]] = {
+    **{
+        f"mean, {skew}, {n} documents": lambda rng, n=n, skew=skew: mean_of_documents(rng, n, skew)
+        for skew, n in (("normal", 20), ("gamma", 20), ("gamma", 50), ("exponential", 30))
+    },
+    **{f"mean per token, {n} documents": lambda rng, n=n: per_token(rng, n) for n in (20, 30, 100)},
+    **{f"loss recovered, {n} documents": lambda rng, n=n: recovered(rng, n) for n in (20, 100)},
+    **{f"FVU, {n} documents": lambda rng, n=n: unexplained(rng, n) for n in (20, 30, 100)},
+    **{f"paired means, {n} documents": lambda rng, n=n: paired_means(rng, n) for n in (20, 50)},
+    "paired rates, 60 prompts, −.15": lambda rng: paired_share(rng, 60, 1, 0.5),
+    "paired rates, 200 prompts, −.06": lambda rng: paired_share(rng, 200, 1, 0.2),
+    "paired rates, 30 prompts × 4, −.15": lambda rng: paired_share(rng, 30, 4, 0.5),
+    **{
+        f"rate {p:g}, {n} trials": lambda rng, n=n, p=p: share(rng, n, p)
+        for n, p in ((30, 0.3), (200, 0.02), (200, 0.97), (1000, 0.005))
+    },
+    **{
+        f"rate {p:g}, {n} prompts × 4": lambda rng, n=n, p=p: clustered_share(rng, n, 4, p)
+        for n, p in ((25, 0.3), (60, 0.05), (60, 0.95))
+    },
+    **{
+        f"auroc {truth:g}, {n} + {m}{', sparse' * sparse}": (
+            lambda rng, n=n, m=m, truth=truth, sparse=sparse: separation(rng, n, m, truth, sparse)
+        )
+        for truth, n, m, sparse in (
+            (0.5, 20, 20, False), (0.7, 20, 30, False), (0.9, 30, 30, False), (0.97, 30, 30, False),
+            (0.7, 30, 30, True), (0.9, 40, 60, True),
+        )
+    },
+    "risk difference .3 − .1, 40 + 60": lambda rng: difference_of_rates(rng, 40, 60, 0.3, 0.1),
+    "risk difference .95 − .02, 30 + 30": lambda rng: difference_of_rates(rng, 30, 30, 0.95, 0.02),
+    **{f"mean of {n} seeds": lambda rng, n=n: seeds(rng, n) for n in (3, 5)},
+}  # fmt: skip
+
+
+def power(rng: Rng, runs: int) -> float:
+    """How often a two-sided z-test of 200 and 150 trials sees the minimum detectable difference from .3."""
+    delta = minimum_detectable_difference(200, 150, 0.3)
+    assert delta is not None
+    p, q = rng.binomial(200, 0.3, runs) / 200, rng.binomial(150, 0.3 + delta, runs) / 150
+    pooled = (200 * p + 150 * q) / 350
+    return float(
+        (np.abs(p - q) > norm.ppf(0.975) * np.sqrt(pooled * (1 - pooled) * (1 / 200 + 1 / 150))).mean()
+    )
+
+
+def rows(runs: int, only: str = "") -> Iterator[dict[str, Any]]:
+    """What was measured, one line at a time; every line has random numbers of its own."""
+    for name, alarm in TESTS.items():
+        if only in name:
+            rng = np.random.default_rng([1, *name.encode()])
+            yield line(f"false alarms: {name}", sum(alarm(rng) for _ in range(runs)), runs)
+    for name, draw in INTERVALS.items():
+        if only in name:
+            rng = np.random.default_rng([2, *name.encode()])
+            found = [draw(rng) for _ in range(runs)]
+            covered = sum(i.low <= truth <= i.high for i, _, truth in found)
+            plain = [low <= truth <= high for _, p, truth in found if p for low, high in [p]]
+            beside = {"percentile": sum(plain) / runs} if plain else {}
+            yield line(f"coverage: {name}", covered, runs) | beside
+    if only in "power":
+        seen = power(np.random.default_rng(3), 100 * runs)
+        yield line("power: minimum detectable difference", round(seen * 100 * runs), 100 * runs)
+
+
+def line(name: str, hits: int, runs: int) -> dict[str, Any]:
+    low, high = wilson(hits, runs)
+    return {"name": name, "value": hits / runs, "unit": "share", "low": low, "high": high}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=int, default=2000)
+    parser.add_argument("--only", default="", help="lines whose name contains this")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    found: list[dict[str, Any]] = []
+    for row in rows(given.runs, given.only):
+        found.append(row)
+        beside = f"   percentile bootstrap {row['percentile']:.3f}" if "percentile" in row else ""
+        print(
+            f"{row['name']:52} {row['value']:.3f}  ({row['low']:.3f} to {row['high']:.3f}){beside}",
+            flush=True,
+        )
+    if given.out:
+        from training import machine, versions
+
+        work = {"runs": given.runs, "resamples": RESAMPLES}
+        record = {
+            "work": work,
+            "machine": machine(),
+            "versions": versions(sys.executable),
+            "rows": found,
+            "ratios": {},
+        }
+        given.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
