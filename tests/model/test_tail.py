@@ -38,8 +38,13 @@ def test_the_tail_is_the_model(lm: LanguageModel, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "whole"),
-    [("layers.1.resid_pre", True), ("layers.1.resid_post", True)]
-    + [("layers.1.attn_out", False), ("layers.1.mlp_out", False), ("final_norm", True)],
+    [
+        ("layers.1.resid_pre", True),
+        ("layers.1.resid_post", True),
+        ("layers.1.attn_out", False),
+        ("layers.1.mlp_out", False),
+        ("final_norm", True),
+    ],
 )
 def test_what_passes_by_a_site_is_found_out(lm: LanguageModel, name: str, whole: bool) -> None:
     assert Tail(lm, Site.parse(name)).whole is whole
@@ -83,7 +88,9 @@ def test_a_layer_that_cannot_be_left_out_is_run(lm: LanguageModel, monkeypatch: 
     seen: list[torch.Tensor] = []
 
     def later(_: object, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        return output + seen.pop() if isinstance(output, torch.Tensor) else (output[0] + seen.pop(), *output[1:])
+        return (
+            output + seen.pop() if isinstance(output, torch.Tensor) else (output[0] + seen.pop(), *output[1:])
+        )
 
     # What the first MLP puts out is added once more after the last layer: it passes by every site between.
     hooks = [

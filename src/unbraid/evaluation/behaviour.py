@@ -23,7 +23,9 @@ _KL = "KL = E[KL(clean‖replaced)] over tokens where neither it nor the next is
 _ABLATED = "at all tokens that are reconstructed"
 
 DEFINITIONS: Mapping[str, Definition] = {
-    "delta_ce": Definition("cross-entropy it costs the model, nats a token", f"CE_sae−CE_clean; {_CE}", "lower"),
+    "delta_ce": Definition(
+        "cross-entropy it costs the model, nats a token", f"CE_sae−CE_clean; {_CE}", "lower"
+    ),
     "recovered_zero": Definition(
         "loss recovered against zeroing the site; flatters, as zeroing breaks a model",
         f"(CE_zero−CE_sae)/(CE_zero−CE_clean); {_CE}; zero {_ABLATED}",

@@ -112,7 +112,7 @@ def evaluate(
     context: int = 256,
     positions: Positions = "all",
     seed: int = 0,
-    batch_tokens: int = 8192,
+    batch_tokens: int = 2048,
     references: Sequence[Reference] = (),
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -143,13 +143,13 @@ def evaluate_all(
     context: int = 256,
     positions: Positions = "all",
     seed: int = 0,
-    batch_tokens: int = 8192,
+    batch_tokens: int = 2048,
     references: Sequence[Reference] = (),
     names: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> list[Evaluation]:
-    """Measure several autoencoders as `evaluate` does, running the bare model up to their sites, and what does
-    not depend on them after it, once for all. `names` are what messages call them."""
+    """Measure several autoencoders as `evaluate` does, running the bare model up to their sites, and what
+    does not depend on them after it, once for all. `names` are what messages call them."""
     names = names or [f"autoencoder {number + 1}" for number in range(len(saes))]
     by_site: dict[Site, list[int]] = {}
     for number, sae in enumerate(saes):
@@ -165,21 +165,21 @@ def evaluate_all(
         by_length=True,
     )  # fmt: skip
     part = len(corpus.batches)
-    total = part * (1 + len(by_site) * (1 + bool(references)))
-    done = 0
+    every = part * (1 + len(by_site) * (1 + bool(references)))
+    before = 0
 
-    def step(done_here: int, _: int, note: str = "") -> None:
+    def step(done: int, total: int, note: str = "") -> None:
         if progress is not None:
-            progress(done + done_here, total, note)
+            progress(before + done, every, note)
 
     found: dict[int, _Measured] = {}
     beside: dict[int, dict[str, _Measured]] = {number: {} for number in range(len(saes))}
     with Reading(lm, corpus, list(by_site), step) as reading:
-        done += part
+        before += part
         for place, numbers in zip(reading.places.values(), by_site.values(), strict=True):
             subjects = [_Subject(names[n], saes[n], saes[n]) for n in numbers]
             found |= zip(numbers, _measure(reading, place, subjects, seed, step), strict=True)
-            done += part
+            before += part
             if references:
                 pairs = [
                     (n, reference, _reference(reference, names[n], saes[n], place, found[n].metrics, seed))
@@ -189,7 +189,7 @@ def evaluate_all(
                 measured = _measure(reading, place, [subject for _, _, subject in pairs], seed, step)
                 for (n, reference, _), its in zip(pairs, measured, strict=True):
                     beside[n][reference] = its
-                done += part
+                before += part
     sites = {number: str(chosen) for chosen, numbers in by_site.items() for number in numbers}
     return [
         Evaluation(
@@ -232,9 +232,7 @@ class _Measured:
     details: Details
 
 
-def _reference(
-    kind: Reference, name: str, sae: SAE, place: Place, metrics: Metrics, seed: int
-) -> _Subject:
+def _reference(kind: Reference, name: str, sae: SAE, place: Place, metrics: Metrics, seed: int) -> _Subject:
     """A reference for an autoencoder, of its own L0 rounded."""
     l0, mean = metrics["l0"], place.mean.float()
     assert isinstance(l0, Interval)
@@ -305,8 +303,8 @@ def _check_scores(values: Mapping[str, Tensor], lm: LanguageModel, subjects: Seq
             metric, _, what = name.partition("_")
             where = f" with {subjects[int(what)].name} in place" if what.isdigit() else f" ({what})"
             raise UserError(
-                f"{metric} of model {lm.name}{where} is NaN or infinite at some token, so nothing was reported; "
-                "load the model with --dtype float32 or leave the autoencoder out"
+                f"{metric} of model {lm.name}{where} is NaN or infinite at some token, so nothing was "
+                "reported; load the model with --dtype float32 or leave the autoencoder out"
             )
 
 

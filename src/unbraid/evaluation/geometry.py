@@ -16,7 +16,8 @@ DEFINITIONS: Mapping[str, Definition] = {
     "decoder_norm": Definition("length of a latent's decoder row", "mean over latents of ‖W_dec[j]‖"),
     "encoder_bias": Definition("encoder bias", "mean over latents of b_enc[j]"),
     "encoder_decoder_cosine": Definition(
-        "cosine of a latent's encoder and decoder", "mean over latents of cos(W_enc[:,j], W_dec[j]), 0 for zeros"
+        "cosine of a latent's encoder and decoder",
+        "mean over latents of cos(W_enc[:,j], W_dec[j]), 0 for zeros",
     ),
     "max_decoder_cosine": Definition(
         "cosine of a decoder row with the one nearest to it",
@@ -60,8 +61,7 @@ def metrics(found: Mapping[str, Tensor]) -> dict[str, Interval | Undefined]:
     """Means over latents, with Student's intervals."""
     why = "its latents have no encoder and decoder rows that could be compared"
     return {
-        name: mean_of_runs(found[name].numpy()) if name in found else Undefined(why)
-        for name in DEFINITIONS
+        name: mean_of_runs(found[name].numpy()) if name in found else Undefined(why) for name in DEFINITIONS
     }
 
 

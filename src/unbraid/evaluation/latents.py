@@ -13,14 +13,30 @@ from unbraid.evaluation.definitions import Definition, Undefined
 from unbraid.sae.codes import SparseCodes
 from unbraid.stats.bootstrap import Interval, bootstrap_ratio, rate
 
-_OVER = "share of tokens above which it counts as dense: "
+
+def _dense(percent: int, of: str) -> str:
+    return f"share of {of}: of latents that fire at more than {percent} % of the tokens"
+
+
 DEFINITIONS: Mapping[str, Definition] = {
-    "dead": Definition("share of the latents that never fired here", "share of latents with f = 0 at all tokens", "lower"),
-    "dense_1": Definition("share of the latents that fire on more than 1 % of the tokens", f"share of latents; {_OVER}0.01", "lower"),
-    "dense_10": Definition("share of the latents that fire on more than 10 % of the tokens", f"share of latents; {_OVER}0.1", "lower"),
-    "dense_share_1": Definition("share of all firing that latents on more than 1 % of the tokens do", f"share of firings; {_OVER}0.01", "lower"),
-    "dense_share_10": Definition("share of all firing that latents on more than 10 % of the tokens do", f"share of firings; {_OVER}0.1", "lower"),
-}  # fmt: skip
+    "dead": Definition(
+        "share of the latents that never fired here", "share of latents with f = 0 at all tokens", "lower"
+    ),
+    "dense_1": Definition(
+        "share of the latents that fire on more than 1 % of the tokens", _dense(1, "latents"), "lower"
+    ),
+    "dense_10": Definition(
+        "share of the latents that fire on more than 10 % of the tokens", _dense(10, "latents"), "lower"
+    ),
+    "dense_share_1": Definition(
+        "share of all firings that latents on more than 1 % of the tokens have", _dense(1, "firings"), "lower"
+    ),
+    "dense_share_10": Definition(
+        "share of all firings that latents on more than 10 % of the tokens have",
+        _dense(10, "firings"),
+        "lower",
+    ),
+}
 LOWEST, HIGHEST, A_DOUBLING = -24, 24, 4
 """Exponents of two between which activations are counted, and bins for each; what lies beyond is in the
 first or last bin."""

@@ -1,4 +1,4 @@
-"""Compiled loops over rows of logits: cross-entropy and KL divergence in a few passes over memory that is near.
+"""Compiled loops over rows of logits: cross-entropy and KL divergence in few passes over near memory.
 
 Rows of logits are (V,) float32. Terms are float32, added up in blocks whose sums are float64. What is written
 here in loops is `scoring.plain` in PyTorch.
@@ -15,7 +15,10 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from unbraid.sae.kernels import loops as _  # how Numba compiles for this machine is set there
+import unbraid.sae.kernels.loops as _numba  # how Numba compiles for this machine is set there
+
+__all__ = ["compare", "normalise", "normalisers"]
+_ = _numba
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -25,7 +28,11 @@ BLOCK = 512
 """Terms that are added up in float32."""
 _LOWEST = np.float32(-87)
 """Below this, exp(x) is no ordinary float32; it is taken as 0."""
-_LOG2_E, _LN2_HIGH, _LN2_LOW = np.float32(1.4426950408889634), np.float32(0.693359375), np.float32(-2.12194440e-4)
+_LOG2_E, _LN2_HIGH, _LN2_LOW = (
+    np.float32(1.4426950408889634),
+    np.float32(0.693359375),
+    np.float32(-2.12194440e-4),
+)
 _C2, _C3, _C4, _C5, _C6, _C7 = (np.float32(1 / n) for n in (2, 6, 24, 120, 720, 5040))
 _ONE, _ZERO = np.float32(1), np.float32(0)
 
@@ -50,9 +57,9 @@ def _largest(x: F32) -> np.float32:
 
 
 @_compiled
-def _exponentials(x: F32, top: np.float32, out: F32) -> float:
+def _exponentials(x: F32, top: np.float32, out: F32) -> np.float64:
     """Fill out (V,) with exp(x − top), of which none is above 1, and return their sum."""
-    total = 0.0
+    total = np.float64(0)
     power = np.empty(BLOCK, np.int32)
     factor = power.view(np.float32)
     for start in range(0, len(x), BLOCK):
@@ -77,9 +84,9 @@ def _exponentials(x: F32, top: np.float32, out: F32) -> float:
 
 
 @_compiled
-def _weighted_difference(p: F32, a: F32, b: F32) -> float:
+def _weighted_difference(p: F32, a: F32, b: F32) -> np.float64:
     """Σ p (a − b), where p = 0 adds nothing."""
-    total = 0.0
+    total = np.float64(0)
     for start in range(0, len(p), BLOCK):
         block = _ZERO
         for c in range(start, min(start + BLOCK, len(p))):

@@ -1,7 +1,7 @@
 """Whether latents look as if they meant something, without a label: alike contexts, few output tokens.
 
-Both are proxies: a latent may mean something without passing them, and a latent that fires on one token passes
-both. They are taken over latents drawn by the seed.
+Both are proxies: a latent may mean something without them, and one that fires on a single token has both.
+They are taken over latents drawn by the seed.
 """
 
 from __future__ import annotations
@@ -24,22 +24,23 @@ from unbraid.sae.codes import SparseCodes
 from unbraid.stats.bootstrap import Interval, mean_of_runs
 
 SAMPLE, TOP, LEAST, BEFORE, STRONGEST = 256, 10, 5, 7, 10
-"""Latents drawn; documents of each latent's strongest firings, and how few of them will do; tokens of a context
-before the one that fires; output tokens of the strongest effects."""
+"""Latents drawn; documents of each latent's strongest firings, and how few of them will do; tokens of a
+context before the one that fires; output tokens of the strongest effects."""
 
 DEFINITIONS: Mapping[str, Definition] = {
     "coherence": Definition(
         "how alike the contexts of a latent's strongest firings are, above chance",
-        f"mean over those of {SAMPLE} drawn latents that fire in {LEAST} documents or more of: mean pairwise "
-        f"cosine of the contexts of its strongest firings in each of the {TOP} documents where it fires "
-        "strongest, less the same at tokens drawn from these windows; a context is the set of distinct tokens "
+        f"mean over those of {SAMPLE} drawn latents that fire in {LEAST} documents or more of: mean"
+        f" pairwise cosine of the contexts of its strongest firings in each of the {TOP} documents where it fires"
+        " strongest, less the same at tokens drawn from these windows; a context is the set of distinct tokens "
         f"from {BEFORE} before to the one that fires, weighted by log(tokens / occurrences)",
         "higher",
     ),
     "logit_sparsity": Definition(
         "share of a latent's effect on the logits that few output tokens carry",
-        f"mean over {SAMPLE} drawn latents with a decoder row other than 0 of: share that the {STRONGEST} largest "
-        "|e| have in Σe², e its direct effect on all logits through the final norm's scale, less their mean",
+        f"mean over {SAMPLE} drawn latents with a decoder row other than 0 of: share that the {STRONGEST} "
+        "largest |e| have in Σe², e its direct effect on all logits through the final norm's scale, less "
+        "their mean",
         "higher",
     ),
 }
@@ -86,7 +87,9 @@ class Contexts:
         s, u = slot[order], unit[order]
         first[1:] = (s[1:] != s[:-1]) | (u[1:] != u[:-1])
         for i in order[first]:
-            self._keep(int(slot[i]), int(unit[i]), _Firing(float(value[i]), number, int(row[i]), int(column[i])))
+            self._keep(
+                int(slot[i]), int(unit[i]), _Firing(float(value[i]), number, int(row[i]), int(column[i]))
+            )
 
     def _keep(self, slot: int, unit: int, firing: _Firing) -> None:
         best = self.best[slot]

@@ -42,7 +42,7 @@ class Place:
         self._ablated: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def see(self, stream: Tensor, x: Tensor, runs: Tensor) -> None:
-        """Take in a batch: the stream (B, T, d) to resume from, chosen activations x (n, d), their runs (n,)."""
+        """Take in a batch: the stream (B, T, d) to resume from, chosen activations x (n, d), their runs."""
         if self.tail.resumes:
             self.stash.add(stream)
         wide = x.double().cpu()
@@ -72,7 +72,9 @@ class Place:
     def components(self, k: int) -> Tensor:
         """The k principal components about the mean, orthonormal rows (k, d)."""
         covariance = self.products / self.tokens - torch.outer(self.mean, self.mean)
-        return torch.linalg.eigh(covariance).eigenvectors[:, -k:].T.float() if k else self.products[:0].float()
+        return (
+            torch.linalg.eigh(covariance).eigenvectors[:, -k:].T.float() if k else self.products[:0].float()
+        )
 
     def clean(self, number: int, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Of a batch the states after the site, the chosen activations (n, d) there, and the kept stream."""

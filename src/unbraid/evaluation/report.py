@@ -32,7 +32,9 @@ def table(found: Sequence[tuple[str, Evaluation]]) -> tuple[list[str], list[Row]
     columns: list[dict[str, Interval | str]] = []
     for name, one in found:
         subjects += [name, *one.references]
-        columns += [{**one.undefined, **one.metrics}, *map(dict, one.references.values())]
+        columns.append({**one.undefined, **one.metrics})
+        for metrics in one.references.values():
+            columns.append(dict[str, Interval | str](metrics))
     metrics = [name for name in DEFINITIONS if any(name in column for column in columns)]
     return subjects, [
         Row(name, DEFINITIONS[name], tuple(column.get(name, "") for column in columns)) for name in metrics

@@ -18,7 +18,7 @@ class Stash:
     """A list of tensors in a file without a name, which is gone when the stash is closed."""
 
     def __init__(self, limit: int = LIMIT) -> None:
-        self._file = tempfile.TemporaryFile(buffering=0)
+        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115, closed by __exit__
         self._places: list[tuple[int, torch.Size, torch.dtype] | None] = []
         self._left = min(limit, shutil.disk_usage(tempfile.gettempdir()).free // 2)
         self._end = 0
@@ -37,7 +37,7 @@ class Stash:
         if self._end + size > self._left:
             self._places.append(None)
             return
-        data = memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        data = memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         self._file.seek(self._end)
         while len(data):
             data = data[self._file.write(data) :]
@@ -52,7 +52,7 @@ class Stash:
         start, shape, dtype = place
         data = np.empty(shape.numel() * dtype.itemsize, np.uint8)
         self._file.seek(start)
-        view = memoryview(data)
+        view = memoryview(data.data)
         while len(view):
             count = self._file.readinto(view)
             if not count:
