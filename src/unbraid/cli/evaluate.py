@@ -24,6 +24,9 @@ from unbraid.manifest.errors import UserError
 from unbraid.recipes.scorecard import Scored, write
 from unbraid.stats.bootstrap import Interval
 
+COMPARED = ("l0", "fvu", "delta_ce", "recovered_mean")
+"""What the terminal shows of references; the page has all."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -117,16 +120,28 @@ def _show(found: list[tuple[str, Evaluation]]) -> None:
         f"{first.model} at {', '.join(dict.fromkeys(one.site for _, one in found))}: {first.tokens:,} tokens "
     )
     title += f"of {first.documents:,} documents; 95 % intervals"
-    shown = Table("metric", *map(escape, subjects), "what it is", title=escape(title), title_justify="left")
+    own = [subjects.index(name) for name, _ in found]
+    every = Table("metric", title=escape(title), title_justify="left")
+    for number in own:
+        every.add_column(escape(subjects[number]), overflow="fold")
+    every.add_column("what it is")
     for row in rows:
-        shown.add_row(row.metric, *map(_cell, row.cells), row.definition.meaning)
-    Console().print(shown)
+        every.add_row(row.metric, *(_cell(row.cells[number]) for number in own), row.definition.meaning)
+    console = Console()
+    console.print(every)
     for name, one in found:
         for metric, why in one.undefined.items():
             print(f"{name}: {metric} has no value: {why}")
+        if one.references:
+            beside = Table(
+                "", *COMPARED, title=escape(f"{name} and what took no training"), title_justify="left"
+            )
+            for kind, metrics in {name: one.metrics, **one.references}.items():
+                beside.add_row(escape(kind), *(_cell(metrics.get(metric, "")) for metric in COMPARED))
+            console.print(beside)
 
 
 def _cell(cell: Interval | str) -> str:
     if isinstance(cell, str):
         return "none" if cell else ""
-    return f"{cell.value:.4g}\n{cell.low:.4g} to {cell.high:.4g}"
+    return f"{cell.value:.4g}\n{cell.low:.3g} to {cell.high:.3g}"

@@ -31,9 +31,9 @@ DEFINITIONS: Mapping[str, Definition] = {
     "coherence": Definition(
         "how alike the contexts of a latent's strongest firings are, above chance",
         f"mean over those of {SAMPLE} drawn latents that fire in {LEAST} documents or more of: mean"
-        f" pairwise cosine of the contexts of its strongest firings in each of the {TOP} documents where it fires"
-        " strongest, less the same at tokens drawn from these windows; a context is the set of distinct tokens "
-        f"from {BEFORE} before to the one that fires, weighted by log(tokens / occurrences)",
+        f" pairwise cosine of the contexts of its strongest firings in each of the {TOP} documents where it"
+        " fires strongest, less the same at tokens drawn from these windows; a context is the set of"
+        f" distinct tokens from {BEFORE} before to the one that fires, weighted by log(tokens / occurrences)",
         "higher",
     ),
     "logit_sparsity": Definition(
