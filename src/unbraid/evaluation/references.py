@@ -1,9 +1,9 @@
 """What a number is compared with: reconstructions that took no training, with the autoencoder's L0 as k.
 
-`untrained` has its architecture and width, as training would start, and the L0 that this gives; `pca` keeps the k principal components
-of the very activations that are measured, so no linear map of that rank does better; `neurons` keeps the k
-coordinates that are farthest from their mean; `directions` projects on k random directions. The last three
-add E x, and count as L0 = k.
+`untrained` has its architecture and width, as training would start, and the L0 that this gives; `pca` keeps
+the k principal components of the very activations that are measured, so no linear map of that rank does
+better; `neurons` keeps the k coordinates that are farthest from their mean; `directions` projects on k random
+directions. The last three add E x, and count as L0 = k.
 """
 
 from __future__ import annotations
