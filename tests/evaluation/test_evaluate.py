@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -10,10 +11,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from unbraid.activations.corpus import read_corpus
 from unbraid.activations.documents import Document
 from unbraid.activations.text import tokenise
-from unbraid.evaluation.evaluate import Evaluation, evaluate, evaluate_all
+from unbraid.evaluation.evaluate import DEFINITIONS, Evaluation, evaluate, evaluate_all
+from unbraid.evaluation.reading import _lead
+from unbraid.evaluation.report import table
+from unbraid.evaluation.scoring import plain
+from unbraid.evaluation.stash import Stash
 from unbraid.manifest.errors import UserError
 from unbraid.model.load import LanguageModel
 from unbraid.sae.base import SAE
@@ -64,8 +72,8 @@ def _by_hand(sae: SAE, lm: LanguageModel, documents: list[Document], positions: 
     }
     ce: dict[str, list[torch.Tensor]] = {name: [] for name in functions}
     kl: dict[str, list[torch.Tensor]] = {name: [] for name in functions}
-    for ids, mask, plain in kept:
-        scored = plain[:-1] & plain[1:]
+    for ids, mask, ordinary in kept:
+        scored = ordinary[:-1] & ordinary[1:]
         clean = None
         for name, function in functions.items():
 
@@ -119,6 +127,115 @@ def test_evaluation_is_the_plain_computation(
     assert seen[-1][0] == seen[-1][1] and len(seen) == seen[-1][1]
 
 
+def _values(found: Evaluation) -> dict[str, tuple[float, float, float]]:
+    return {name: (m.value, m.low, m.high) for name, m in found.metrics.items()}
+
+
+def _same(one: Evaluation, other: Evaluation, without: tuple[str, ...] = ()) -> None:
+    a, b = _values(one), _values(other)
+    assert a.keys() == b.keys() and one.undefined == other.undefined
+    for name in a.keys() - set(without):
+        assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-6), name
+
+
+# 1e-6 of the whole, for what is a small difference of two larger numbers as well.
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(batch_tokens=st.integers(1, 900), order=st.permutations(range(10)), threads=st.sampled_from([1, 2, 3]))
+def test_neither_batches_nor_order_nor_threads_matter(
+    sae: SAE, lm: LanguageModel, documents: list[Document], batch_tokens: int, order: list[int], threads: int
+) -> None:
+    expected = evaluate(sae, lm, documents, context=16)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = evaluate(
+            sae, lm, [documents[i] for i in order], context=16, batch_tokens=batch_tokens, references=()
+        )
+    finally:
+        torch.set_num_threads(before)
+    # Its runs of tokens follow each other in the documents' order, by definition.
+    _same(found, expected, without=("ev_legacy",))
+    _same(evaluate(sae, lm, documents, context=16, batch_tokens=batch_tokens), expected)
+
+
+def test_the_shortcuts_change_nothing(
+    sae: SAE, lm: LanguageModel, documents: list[Document], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = evaluate(sae, lm, documents, context=16, batch_tokens=128)
+    monkeypatch.setattr("unbraid.evaluation.stash.LIMIT", 0)
+    monkeypatch.setattr("unbraid.evaluation.reading.Stash", lambda: Stash(limit=0))
+    _same(evaluate(sae, lm, documents, context=16, batch_tokens=128), quick)  # from the tokens each time
+    monkeypatch.setattr("unbraid.evaluation.reading._lead", lambda batch: None)
+    monkeypatch.setattr("unbraid.evaluation.scoring.compiled", plain)
+    found = evaluate(sae, lm, documents, context=16, batch_tokens=128)
+    _same(found, quick)
+
+
+def test_the_first_token_s_model_state_is_shared_only_where_rows_begin_alike(lm: LanguageModel) -> None:
+    texts = [Document.of_text(text) for text in ("a red ball", "two tablets with water", "the package")]
+    batch = read_corpus(lm, texts, tokens=None, context=32, positions="all", batch_tokens=999).batches[0]
+    assert _lead(batch) == tuple(batch.input_ids[0, : int(batch.chosen[0].int().argmax())].tolist())
+    gap = batch.chosen.clone()
+    gap[0, 2] = False
+    assert _lead(replace(batch, chosen=gap)) is None
+    later = batch.chosen.clone()
+    later[1, int(batch.chosen[1].int().argmax())] = False
+    assert _lead(replace(batch, chosen=later)) is None
+
+
+def test_what_is_not_finite_is_named(sae: SAE, lm: LanguageModel, documents: list[Document]) -> None:
+    broken = deepcopy(sae)
+    with torch.no_grad():
+        broken.W_dec[3, 2] = torch.nan
+    with pytest.raises(UserError, match="W_dec of autoencoder 1 has NaN or infinite"):
+        evaluate(broken, lm, documents)
+    with pytest.raises(UserError, match="W_dec of second has NaN"):
+        evaluate_all([sae, broken], lm, documents, names=("first", "second"))
+    huge = deepcopy(sae)
+    with torch.no_grad():
+        huge.W_dec *= 1e38
+        huge.b_dec *= 1e38
+    with pytest.raises(UserError, match="autoencoder 1 reconstructs NaN or infinite numbers, so fvu"):
+        evaluate(huge, lm, documents)
+    weight = lm.layout.layers[0].mlp.down_proj.weight
+    kept = weight[0, 0].clone()
+    try:
+        weight.data[0, 0] = torch.nan
+        with pytest.raises(UserError, match=r"activations at layers\.1\.resid_post that are NaN"):
+            evaluate(sae, lm, documents)
+    finally:
+        weight.data[0, 0] = kept
+    head = lm.layout.unembed.weight  # type: ignore[union-attr]
+    kept = head[0, 0].clone()
+    try:
+        head.data[0, 0] = torch.inf
+        with pytest.raises(UserError, match=r"of model .* is NaN or infinite at some token"):
+            evaluate(sae, lm, documents)
+    finally:
+        head.data[0, 0] = kept
+
+
+def test_every_metric_has_a_definition_of_its_own(
+    sae: SAE, lm: LanguageModel, documents: list[Document]
+) -> None:
+    found = evaluate(sae, lm, documents)
+    assert found.metrics.keys() | found.undefined.keys() == DEFINITIONS.keys() == found.definitions.keys()
+    assert len(set(found.definitions.values())) == len(DEFINITIONS)
+    json.dumps(found.as_dict(), allow_nan=False)
+
+
+def test_different_definitions_share_no_table(sae: SAE, lm: LanguageModel, documents: list[Document]) -> None:
+    found = evaluate(sae, lm, documents, references=("pca",))
+    subjects, rows = table([("one", found), ("two", found)])
+    assert subjects == ["one", "pca", "two", "pca"]
+    by_name = {row.metric: row.cells for row in rows}
+    assert by_name["fvu"] == (found.metrics["fvu"], found.references["pca"]["fvu"]) * 2
+    assert by_name["dead"] == (found.metrics["dead"], "") * 2
+    other = replace(found, definitions={**found.definitions, "fvu": "0" * 12})
+    with pytest.raises(UserError, match="one and two cannot stand in one table: fvu is defined in two ways"):
+        table([("one", found), ("two", other)])
+
+
 def _worse(sae: SAE, kind: str) -> SAE:
     worse = deepcopy(sae)
     with torch.no_grad():
@@ -126,6 +243,11 @@ def _worse(sae: SAE, kind: str) -> SAE:
             worse.W_dec *= 0.6
         elif kind == "noise":
             worse.W_dec += 0.5 * torch.randn(worse.W_dec.shape, generator=torch.Generator().manual_seed(0))
+        elif kind == "random":
+            worse.initialise(
+                *[torch.randn(64, sae.config.d_in, generator=torch.Generator().manual_seed(0))] * 2,
+                torch.Generator().manual_seed(0),
+            )
         elif kind == "permuted":
             worse.W_dec.copy_(
                 worse.W_dec[torch.randperm(len(sae.W_dec), generator=torch.Generator().manual_seed(0))]
@@ -151,7 +273,7 @@ def test_evaluated_together_each_is_as_it_is_alone(
     assert seen[-1][0] == seen[-1][1] and len(seen) == seen[-1][1]
 
 
-@pytest.mark.parametrize("kind", ["shrunk", "noise", "permuted", "fewer"])
+@pytest.mark.parametrize("kind", ["shrunk", "noise", "permuted", "random", "fewer"])
 def test_a_worse_autoencoder_scores_worse(
     sae: SAE, lm: LanguageModel, documents: list[Document], kind: str
 ) -> None:
@@ -165,6 +287,11 @@ def test_a_worse_autoencoder_scores_worse(
     assert value(good, "kl_score_zero") > value(bad, "kl_score_zero")
     assert value(good, "kl_score_mean") > value(bad, "kl_score_mean")
     assert value(good, "ev_legacy") > value(bad, "ev_legacy")
+    if kind != "shrunk":  # which keeps every direction
+        assert value(good, "cosine") > value(bad, "cosine")
+    if kind == "permuted":
+        assert value(bad, "encoder_decoder_cosine") < 0.5 < value(good, "encoder_decoder_cosine")
+        assert value(bad, "max_decoder_cosine") == pytest.approx(value(good, "max_decoder_cosine"))
     assert value(good, "ce_clean") == value(bad, "ce_clean")
     assert value(good, "ce_zero") == value(bad, "ce_zero")
     if kind == "shrunk":

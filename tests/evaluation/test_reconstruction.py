@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from unbraid.evaluation.reconstruction import Reconstruction
+from unbraid.evaluation.definitions import Undefined
+from unbraid.evaluation.reconstruction import DEFINITIONS, Reconstruction
 from unbraid.sae.base import SAEOutput
 from unbraid.sae.codes import SparseCodes
 
@@ -27,12 +28,14 @@ def _data(seed: int = 0, offset: float = 30.0) -> tuple[torch.Tensor, torch.Tens
 
 
 def _streamed(x: torch.Tensor, x_hat: torch.Tensor, codes: SparseCodes, sizes: list[int]) -> Reconstruction:
-    found, start = Reconstruction(D, F), 0
+    found, start = Reconstruction(D), 0
     blocks = torch.arange(N) // 20
+    runs = x.double().split(60)
+    spread = torch.cat([(run - run.mean(dim=0)).square().sum(dim=1) for run in runs])
     for size in sizes:
         part = slice(start, start + size)
         output = SAEOutput(x_hat[part], SparseCodes(codes.indices[part], codes.values[part]))
-        found.add(x[part], output, blocks[part])
+        found.add(x[part], output, blocks[part], spread[part])
         start += size
     return found
 
@@ -48,25 +51,27 @@ def test_every_metric_is_its_definition() -> None:
     assert value["l0"] == pytest.approx((dense > 0).sum(axis=1).mean())
     assert value["l2_ratio"] == pytest.approx((np.linalg.norm(H, axis=1) / np.linalg.norm(X, axis=1)).mean())
     assert value["bias"] == pytest.approx((H**2).sum(axis=1).mean() / (H * X).sum(axis=1).mean())
+    lengths, out = np.linalg.norm(X, axis=1), np.linalg.norm(H, axis=1)
+    assert value["cosine"] == pytest.approx(((X * H).sum(axis=1) / (lengths * out)).mean())
+    assert value["norm_in"] == pytest.approx(lengths.mean())
+    assert value["norm_out"] == pytest.approx(out.mean())
+    assert value["l1"] == pytest.approx(dense.sum(axis=1).mean())
     legacy = [
-        1 - error[a:b] / ((X[a:b] - X[a:b].mean(axis=0)) ** 2).sum(axis=1)
-        for a, b in ((0, 100), (100, 250), (250, 300))
+        1 - error[a : a + 60] / ((X[a : a + 60] - X[a : a + 60].mean(axis=0)) ** 2).sum(axis=1)
+        for a in range(0, N, 60)
     ]
     assert value["ev_legacy"] == pytest.approx(np.concatenate(legacy).mean())
-    share = (dense > 0).mean(axis=0)
-    assert value["dead"] == pytest.approx(2 / F) == (share == 0).mean()
-    assert value["dense_1"] == pytest.approx((share > 0.01).mean())
-    assert value["dense_10"] == pytest.approx((share > 0.1).mean()) and 0 < value["dense_10"] < 1
     for found in metrics.values():
         assert found.low <= found.value <= found.high
-    assert metrics["fvu"].n == 15 and metrics["dead"].n == F and metrics["fvu"].low < metrics["fvu"].high
+    assert metrics.keys() == DEFINITIONS.keys()
+    assert metrics["fvu"].n == 15 and metrics["fvu"].low < metrics["fvu"].high
 
 
 def test_batches_do_not_matter() -> None:
     x, x_hat, codes = _data()
     one = _streamed(x, x_hat, codes, [N]).metrics(seed=0)
     many = _streamed(x, x_hat, codes, [1, 2, 3, 94, 200]).metrics(seed=0)
-    for name in one.keys() - {"ev_legacy"}:  # which is about the batch's own mean, and so labelled legacy
+    for name in one:
         assert one[name].as_dict() == pytest.approx(many[name].as_dict()), name
 
 
@@ -95,4 +100,16 @@ def test_worse_reconstructions_score_worse() -> None:
     assert shrunk["l2_ratio"].value == pytest.approx(0.8) and shrunk["bias"].value == pytest.approx(0.8)
     assert shrunk["fvu"].value > 0 and nothing["fvu"].value > 1
     assert average["fvu"].value == pytest.approx(1)
-    assert nothing["bias"].value == 0
+    assert good["cosine"].value == pytest.approx(1) and nothing["cosine"].value == 0
+    assert isinstance(nothing["bias"], Undefined)
+
+
+def test_what_has_no_value_is_named_and_is_no_number() -> None:
+    codes = SparseCodes(torch.zeros(N, 1, dtype=torch.int64), torch.zeros(N, 1))
+    same = _streamed(torch.ones(N, D), torch.ones(N, D), codes, [N]).metrics(seed=0)
+    assert {name for name, found in same.items() if isinstance(found, Undefined)} == {"fvu", "ev_legacy"}
+    zeros = _streamed(torch.zeros(N, D), torch.zeros(N, D), codes, [N]).metrics(seed=0)
+    named = {name: found.why for name, found in zeros.items() if isinstance(found, Undefined)}
+    assert named.keys() == {"fvu", "ev_legacy", "l2_ratio", "bias"}
+    assert named["l2_ratio"] == "all activations are 0"
+    assert zeros["cosine"].value == 1 and zeros["l0"].value == 0  # type: ignore[union-attr]

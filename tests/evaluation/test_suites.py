@@ -12,7 +12,7 @@ import torch
 from unbraid.activations.documents import Document
 from unbraid.evaluation.baselines import principal_components, random_directions, unit_directions, untrained
 from unbraid.evaluation.labelled import SuiteResult
-from unbraid.evaluation.saebench import absorption_results, sparse_probing_results, tpp_results
+from unbraid.evaluation.saebench_suites import absorption_results, sparse_probing_results, tpp_results
 from unbraid.evaluation.suites import DEFINITIONS, run_suites
 from unbraid.manifest.errors import UserError
 from unbraid.model.load import LanguageModel

@@ -10,13 +10,14 @@ import torch
 
 from unbraid.activations.documents import Document
 from unbraid.activations.text import windows
-from unbraid.features.geometry import logit_effects, norm_weight, promoted_and_suppressed
+from unbraid.features.geometry import logit_effects, promoted_and_suppressed
 from unbraid.features.index import IndexConfig, build_index
 from unbraid.features.page import Index
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.record import check_files
 from unbraid.model.load import LanguageModel, load_model
 from unbraid.model.read import read_sites
+from unbraid.model.unembed import norm_weight
 from unbraid.sae.base import SAE
 
 CONFIG = IndexConfig(

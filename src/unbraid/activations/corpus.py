@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +33,10 @@ class Batch:
     scored: Tensor
     """Tokens whose prediction of the next one counts, (B, T - 1) booleans: neither of the two is special."""
     blocks: Tensor
-    """Unit of each window for intervals, (B,) int64: the number of its document, modulo BLOCKS."""
+    """Unit of each window for intervals, (B,) int64: the place of its document when all are ordered by a hash
+    of their tokens, modulo BLOCKS. So intervals do not depend on the documents' order."""
+    first: Tensor
+    """How many chosen tokens stand before each window, (B,) int64, in the documents' order."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +44,7 @@ class Corpus:
     """All batches of an evaluation."""
 
     batches: tuple[Batch, ...]
-    """In the documents' order."""
+    """In the documents' order, or the longest windows first."""
     tokens: int
     """Chosen tokens in all."""
     documents: int
@@ -55,37 +59,61 @@ def read_corpus(
     context: int,
     positions: Positions,
     batch_tokens: int,
+    by_length: bool = False,
 ) -> Corpus:
     """Tokenise documents until `tokens` tokens are chosen (exactly; None: all), in windows of `context`.
 
-    Raises UserError when no token could be chosen.
+    With `by_length` the longest windows come first, so that hardly any padding is needed. Raises UserError
+    when no token could be chosen.
     """
-    batches: list[Batch] = []
-    waiting: list[tuple[TokenisedDocument, int]] = []
-    total, seen, longest = 0, 0, 0
-    for number, document in enumerate(documents):
-        before = total
+    rows: list[_Row] = []
+    digests: list[bytes] = []
+    total = 0
+    for document in documents:
+        before, digest = total, hashlib.sha256()
         for window in windows(lm, document, context):
             if tokens is not None and total == tokens:
                 break
             window, count = _cut(window, positions, None if tokens is None else tokens - total)
-            if not count:
-                continue
-            length = len(window.input_ids)
-            if waiting and max(longest, length) * (len(waiting) + 1) > batch_tokens:
-                batches.append(_batch(waiting, lm.pad_id, positions))
-                waiting, longest = [], 0
-            waiting.append((window, number % BLOCKS))
-            longest, total = max(longest, length), total + count
-        seen += total > before
+            if count:
+                rows.append(_Row(window, len(digests), total))
+                digest.update(repr(window.input_ids).encode())
+                total += count
+        if total > before:
+            digests.append(digest.digest())
         if tokens is not None and total == tokens:
             break
-    if waiting:
-        batches.append(_batch(waiting, lm.pad_id, positions))
     if not total:
         what = "no tokens of assistant replies" if positions == "reply" else "no tokens"
         raise UserError(f"the text has {what} to evaluate on; give another --text")
-    return Corpus(tuple(batches), total, seen)
+    order = sorted(range(len(digests)), key=digests.__getitem__)
+    units = {document: place % BLOCKS for place, document in enumerate(order)}
+    if by_length:
+        rows.sort(key=lambda row: -len(row.window.input_ids))
+    batches = (_batch(group, units, lm.pad_id, positions) for group in _groups(rows, batch_tokens))
+    return Corpus(tuple(batches), total, len(digests))
+
+
+class _Row(NamedTuple):
+    """A window, the number of its document, and how many chosen tokens stand before it."""
+
+    window: TokenisedDocument
+    document: int
+    first: int
+
+
+def _groups(rows: list[_Row], batch_tokens: int) -> Iterator[list[_Row]]:
+    """Rows that make a batch, padding counted."""
+    waiting: list[_Row] = []
+    longest = 0
+    for row in rows:
+        length = len(row.window.input_ids)
+        if waiting and max(longest, length) * (len(waiting) + 1) > batch_tokens:
+            yield waiting
+            waiting, longest = [], 0
+        waiting.append(row)
+        longest = max(longest, length)
+    yield waiting
 
 
 def _cut(window: TokenisedDocument, positions: Positions, left: int | None) -> tuple[TokenisedDocument, int]:
@@ -98,15 +126,16 @@ def _cut(window: TokenisedDocument, positions: Positions, left: int | None) -> t
     return window.until(end), left
 
 
-def _batch(rows: list[tuple[TokenisedDocument, int]], pad_id: int, positions: Positions) -> Batch:
-    length = max(len(window.input_ids) for window, _ in rows)
+def _batch(rows: list[_Row], units: dict[int, int], pad_id: int, positions: Positions) -> Batch:
+    length = max(len(row.window.input_ids) for row in rows)
     ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
     real, chosen, plain = (torch.zeros(len(rows), length, dtype=torch.bool) for _ in range(3))
-    for i, (window, _) in enumerate(rows):
+    for i, (window, _, _) in enumerate(rows):
         end = len(window.input_ids)
         ids[i, :end] = torch.tensor(window.input_ids)
         real[i, :end] = True
         chosen[i, :end] = torch.from_numpy(window.captured(positions))
         plain[i, :end] = ~torch.tensor(window.special_mask)
-    blocks = torch.tensor([block for _, block in rows])
-    return Batch(ids, real.long(), chosen, plain[:, :-1] & plain[:, 1:], blocks)
+    blocks = torch.tensor([units[row.document] for row in rows])
+    first = torch.tensor([row.first for row in rows])
+    return Batch(ids, real.long(), chosen, plain[:, :-1] & plain[:, 1:], blocks, first)

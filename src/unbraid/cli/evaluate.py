@@ -1,29 +1,39 @@
-"""`unbraid evaluate`: how good an autoencoder is, every number with its interval."""
+"""`unbraid evaluate`: how good autoencoders are, every number with its interval."""
 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from unbraid.activations.documents import read_documents
 from unbraid.cli.models import open_model
 from unbraid.cli.progress import shown
-from unbraid.cli.saes import open_sae
-from unbraid.evaluation.evaluate import Evaluation, evaluate
-from unbraid.evaluation.report import MEANINGS
+from unbraid.cli.saes import open_sae, this_command
+from unbraid.evaluation.evaluate import Evaluation, evaluate_all
+from unbraid.evaluation.gates import Verdict, judge, read_limits
+from unbraid.evaluation.references import REFERENCES, Reference
+from unbraid.evaluation.report import table
+from unbraid.manifest.errors import UserError
+from unbraid.recipes.scorecard import Scored, write
+from unbraid.stats.bootstrap import Interval
+
+COMPARED = ("l0", "fvu", "delta_ce", "recovered_mean")
+"""What the terminal shows of references; the page has all."""
 
 
 @dataclass(frozen=True)
 class Options:
     """What to evaluate, and on which text."""
 
-    sae: Path
-    """Folder of the autoencoder."""
+    sae: tuple[Path, ...]
+    """Folder of the autoencoder; several are read with one pass over the model."""
     model: str
     """Model folder or Hub name; "practice" is the practice assistant."""
     text: Path
@@ -37,44 +47,101 @@ class Options:
     """Tokens the model reads at once."""
     positions: Literal["all", "reply"] = "all"
     """Which tokens are reconstructed: all, or those of assistant replies."""
+    references: tuple[Reference, ...] = REFERENCES
+    """What to measure beside each autoencoder, at its L0: untrained, pca, neurons, directions; nothing after
+    the option measures none, which is faster."""
+    require: str = ""
+    """Limits to keep, such as "fvu<=0.05 dead<0.02 delta_ce<=0.1": judged on the 95 % interval, and exit code
+    1 where one is broken."""
+    out: Path | None = None
+    """Folder to make, with evaluation.json, report.html and a file of SAEBench's for each autoencoder."""
     seed: int = 0
-    """Seed of the intervals."""
+    """Seed of the intervals, and of what is drawn."""
     device: str = "cpu"
     """Where the model runs: cpu, cuda, …"""
     json: bool = False
     """Print the result as JSON instead of a table."""
 
 
-def run(options: Options) -> None:
-    """Evaluate, and print what was measured."""
+def run(options: Options) -> int:
+    """Evaluate, print what was measured, and return 1 where a limit is broken."""
+    limits = read_limits(options.require) if options.require else []
+    if options.out is not None and options.out.exists():
+        raise UserError(f"{options.out} exists already; choose another --out or delete it")
     next(read_documents(options.text))  # a wrong file is told before a large model is loaded
     lm = open_model(options.model, device=options.device)
-    sae, identity = open_sae(options.sae, lm)
+    opened = [open_sae(folder, lm) for folder in options.sae]
+    saes = [sae.to(lm.device) for sae, _ in opened]
+    names = [str(folder) for folder in options.sae]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"--sae names {twice} twice; name it once")
     with shown("evaluate", "batches") as progress:
-        found = evaluate(
-            sae.to(lm.device),
+        found = evaluate_all(
+            saes,
             lm,
             read_documents(options.text),
             site=options.site,
             tokens=options.tokens,
             context=options.context,
             positions=options.positions,
+            references=options.references,
+            names=names,
             seed=options.seed,
             progress=progress,
         )
+    scored = [
+        Scored(name, identity, sae, its, judge(limits, its), folder)
+        for name, (_, identity), sae, its, folder in zip(names, opened, saes, found, options.sae, strict=True)
+    ]
+    if options.out is not None:
+        write(scored, options.out, command=this_command(), seed=options.seed)
     if options.json:
-        record = {"sae": str(options.sae), "sae_id": identity, **found.as_dict()}
-        print(json.dumps(record, indent=2, ensure_ascii=False))
+        records = [one.as_dict() for one in scored]
+        printed: Any = records[0] if len(records) == 1 else {"evaluations": records}
+        print(json.dumps(printed, indent=2, ensure_ascii=False, allow_nan=False))
     else:
-        _show(found, options.sae)
+        _show([(one.name, one.found) for one in scored])
+        if options.out is not None:
+            print(f"{options.out}: {options.out / 'report.html'} shows the same with plots")
+    broken = [(one.name, verdict) for one in scored for verdict in one.verdicts if not verdict.kept]
+    for name, verdict in [(one.name, v) for one in scored for v in one.verdicts]:
+        _say(name, verdict)
+    return 1 if broken else 0
 
 
-def _show(found: Evaluation, folder: Path) -> None:
+def _say(name: str, verdict: Verdict) -> None:
+    print(f"evaluate: {name}: {verdict}", file=sys.stderr)
+
+
+def _show(found: list[tuple[str, Evaluation]]) -> None:
+    subjects, rows = table(found)
+    first = found[0][1]
     title = (
-        f"{folder} in {found.model} at {found.site}: {found.tokens:,} tokens of {found.documents:,} documents"
+        f"{first.model} at {', '.join(dict.fromkeys(one.site for _, one in found))}: {first.tokens:,} tokens "
     )
-    table = Table("metric", "value", "95 % interval", "what it is", title=title, title_justify="left")
-    for name, measured in found.metrics.items():
-        between = f"{measured.low:.4g} to {measured.high:.4g}"
-        table.add_row(name, f"{measured.value:.4g}", between, MEANINGS[name])
-    Console().print(table)
+    title += f"of {first.documents:,} documents; 95 % intervals"
+    own = [subjects.index(name) for name, _ in found]
+    every = Table("metric", title=escape(title), title_justify="left")
+    for number in own:
+        every.add_column(escape(subjects[number]), overflow="fold")
+    every.add_column("what it is")
+    for row in rows:
+        every.add_row(row.metric, *(_cell(row.cells[number]) for number in own), row.definition.meaning)
+    console = Console()
+    console.print(every)
+    for name, one in found:
+        for metric, why in one.undefined.items():
+            print(f"{name}: {metric} has no value: {why}")
+        if one.references:
+            beside = Table(
+                "", *COMPARED, title=escape(f"{name} and what took no training"), title_justify="left"
+            )
+            for kind, metrics in {name: one.metrics, **one.references}.items():
+                beside.add_row(escape(kind), *(_cell(metrics.get(metric, "")) for metric in COMPARED))
+            console.print(beside)
+
+
+def _cell(cell: Interval | str) -> str:
+    if isinstance(cell, str):
+        return "none" if cell else ""
+    return f"{cell.value:.4g}\n{cell.low:.3g} to {cell.high:.3g}"

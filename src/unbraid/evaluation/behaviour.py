@@ -1,73 +1,73 @@
 """What the model loses when an activation is replaced: cross-entropy and KL divergence of its next tokens.
 
-CE is the mean over scored tokens of −log p(next token), in nats; KL that of KL(clean ‖ replaced). For the
-replacements `sae` (x̂), `zero` (0) and `mean` (E x, the ablation that keeps what all tokens share):
-
-================== ===================================================================================
-delta_ce           CE_sae − CE_clean, in nats; the number to look at
-recovered_zero     (CE_zero − CE_sae) / (CE_zero − CE_clean); flatters, as zeroing breaks a model
-recovered_mean     the same with the mean ablation, the stricter of the two
-kl_sae             KL_sae, in nats
-kl_score_zero      (KL_zero − KL_sae) / KL_zero, and kl_score_mean
-ce_clean, _sae …   the cross-entropies themselves
-================== ===================================================================================
+CE is the mean over scored tokens of −log p(next token), in nats; KL that of KL(clean ‖ replaced). Tokens are
+scored where neither the token nor the next is BOS, EOS or PAD. The replacements are `sae` (x̂), `zero` (0) and
+`mean` (E x, the ablation that keeps what all tokens share); `DEFINITIONS` has the formulas.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from unbraid.activations.corpus import BLOCKS, Batch
+from unbraid.activations.corpus import BLOCKS
+from unbraid.evaluation.definitions import Definition, Undefined
 from unbraid.manifest.errors import UserError
-from unbraid.model.load import LanguageModel
-from unbraid.model.read import logits_and_sites
-from unbraid.model.replace import replaced
-from unbraid.model.sites import Site
 from unbraid.stats.bootstrap import Interval, bootstrap_ratio
 
-Replacement = Callable[[Tensor], Tensor]
+_CE = "CE = E[−log p(next)] over tokens where neither it nor the next is special"
+_KL = "KL = E[KL(clean‖replaced)] over tokens where neither it nor the next is special"
+_ABLATED = "at all tokens that are reconstructed"
+
+DEFINITIONS: Mapping[str, Definition] = {
+    "delta_ce": Definition(
+        "cross-entropy it costs the model, nats a token", f"CE_sae−CE_clean; {_CE}", "lower"
+    ),
+    "recovered_zero": Definition(
+        "loss recovered against zeroing the site; flatters, as zeroing breaks a model",
+        f"(CE_zero−CE_sae)/(CE_zero−CE_clean); {_CE}; zero {_ABLATED}",
+        "higher",
+    ),
+    "recovered_mean": Definition(
+        "loss recovered against putting the mean there, the stricter of the two",
+        f"(CE_mean−CE_sae)/(CE_mean−CE_clean); {_CE}; E x {_ABLATED}",
+        "higher",
+    ),
+    "kl_sae": Definition("divergence of the next-token distribution, nats", f"KL_sae; {_KL}", "lower"),
+    "kl_score_zero": Definition(
+        "divergence avoided, against zeroing the site", f"(KL_zero−KL_sae)/KL_zero; {_KL}", "higher"
+    ),
+    "kl_score_mean": Definition(
+        "divergence avoided, against putting the mean there", f"(KL_mean−KL_sae)/KL_mean; {_KL}", "higher"
+    ),
+    "ce_clean": Definition("cross-entropy of the model as it is", f"CE_clean; {_CE}"),
+    "ce_sae": Definition("with the reconstruction in place", f"CE_sae; {_CE}", "lower"),
+    "ce_zero": Definition("with zeros in place", f"CE_zero; {_CE}"),
+    "ce_mean": Definition("with the mean in place", f"CE_mean; {_CE}"),
+    "kl_zero": Definition("divergence with zeros in place", f"KL_zero; {_KL}"),
+    "kl_mean": Definition("divergence with the mean in place", f"KL_mean; {_KL}"),
+}
 
 
 class Behaviour:
     """Running sums over scored tokens, kept apart by block of documents."""
 
-    def __init__(self, lm: LanguageModel, site: Site, replacements: Mapping[str, Replacement]) -> None:
-        """`replacements` maps the names zero and mean, and that of every autoencoder, to functions of the
-        chosen activations (n, d)."""
-        self.lm, self.site, self.replacements = lm, site, replacements
+    def __init__(self, replacements: Sequence[str]) -> None:
+        """`replacements` are zero and mean, and a name for every autoencoder."""
         names = ["tokens", "ce_clean", *(f"{k}_{name}" for name in replacements for k in ("ce", "kl"))]
         self.sums = {name: torch.zeros(BLOCKS, dtype=torch.float64) for name in names}
 
-    @torch.no_grad()
-    def add(self, batch: Batch) -> None:
-        """Run a batch clean and under each replacement."""
-        if not batch.scored.any():
-            return
-        blocks = batch.blocks[:, None].expand(batch.scored.shape)[batch.scored]
-        targets = batch.input_ids[:, 1:][batch.scored]
-        clean = self._log_probabilities(batch)
-        self._sum("tokens", torch.ones(len(targets)), blocks)
-        self._sum("ce_clean", _cross_entropy(clean, targets), blocks)
-        for name, function in self.replacements.items():
-            with replaced(self.lm, self.site, function, batch.chosen):
-                new = self._log_probabilities(batch)
-            self._sum(f"ce_{name}", _cross_entropy(new, targets), blocks)
-            self._sum(f"kl_{name}", _divergence(clean, new), blocks)
+    def add(self, values: Mapping[str, Tensor], blocks: Tensor) -> None:
+        """Add what `scoring.score` gives, each (n,), with the block (n,) of each token."""
+        self.sums["tokens"].index_add_(0, blocks, torch.ones(len(blocks), dtype=torch.float64))
+        for name, value in values.items():
+            self.sums[name].index_add_(0, blocks, value)
 
-    def _log_probabilities(self, batch: Batch) -> Tensor:
-        """Log-probabilities of the next token at the scored tokens, (n, vocabulary)."""
-        logits, _ = logits_and_sites(self.lm, batch.input_ids, batch.attention_mask)
-        return logits[:, :-1][batch.scored.to(logits.device)].float().log_softmax(dim=-1)
-
-    def _sum(self, name: str, values: Tensor, blocks: Tensor) -> None:
-        self.sums[name].index_add_(0, blocks, values.double().cpu())
-
-    def metrics(self, sae: str, seed: int, resamples: int = 2000) -> dict[str, Interval]:
-        """The table at the top of the file, by name, for the autoencoder that `replacements` calls `sae`.
+    def metrics(self, sae: str, seed: int, resamples: int = 2000) -> dict[str, Interval | Undefined]:
+        """The metrics of `DEFINITIONS` by name, for the autoencoder that `replacements` calls `sae`.
 
         Raises UserError when no token could be scored.
         """
@@ -77,12 +77,14 @@ class Behaviour:
         sums = {name: value[used].numpy() for name, value in self.sums.items()}
         units = np.arange(int(used.sum()))
 
-        def ratio(above: str, below: str = "tokens", *, less: str | None = None, base: str | None = None):
+        def ratio(
+            above: str, below: str = "tokens", *, less: str | None = None, base: str | None = None
+        ) -> Interval | Undefined:
             """(above − less) / (below − base), each a sum over the units."""
             top = sums[above] - (sums[less] if less else 0)
             bottom = sums[below] - (sums[base] if base else 0)
-            if bottom.sum() == 0:  # the ablation changes nothing, so there is nothing to recover
-                return Interval(1.0, 1.0, 1.0, len(units))
+            if bottom.sum() == 0:
+                return Undefined("the ablation changes nothing, so there is nothing to recover")
             return bootstrap_ratio(top, bottom, units, seed, resamples)
 
         ce, kl = f"ce_{sae}", f"kl_{sae}"
@@ -97,16 +99,6 @@ class Behaviour:
             "ce_sae": ratio(ce),
             "ce_zero": ratio("ce_zero"),
             "ce_mean": ratio("ce_mean"),
+            "kl_zero": ratio("kl_zero"),
+            "kl_mean": ratio("kl_mean"),
         }
-
-
-def _cross_entropy(log_probabilities: Tensor, targets: Tensor) -> Tensor:
-    """−log p of each target, (n,)."""
-    return -log_probabilities.gather(1, targets.to(log_probabilities.device)[:, None]).squeeze(1)
-
-
-def _divergence(clean: Tensor, new: Tensor) -> Tensor:
-    """KL(clean ‖ new) of each row of log-probabilities, (n,), not below 0 by rounding."""
-    p = clean.exp()
-    # A token that is impossible in both contributes 0, not ∞ − ∞.
-    return torch.where(p > 0, p * (clean - new), 0.0).sum(dim=1).clamp(min=0)

@@ -1,20 +1,12 @@
 """Reconstruction and sparsity, summed up in float64 as activations stream by, with intervals by document.
 
-With x an activation, x̂ its reconstruction, f its code, and E the mean over tokens:
-
-================ =====================================================================================
-l0               E[number of latents that fire]
-mse              E‖x − x̂‖², summed over dimensions
-fvu              E‖x − x̂‖² / (E‖x‖² − ‖E x‖²): the variance is about the mean, over all tokens
-ev_legacy        E[1 − ‖x − x̂‖² / ‖x − x̄‖²], x̄ the mean of the token's own batch; for old tables alone
-l2_ratio         E[‖x̂‖ / ‖x‖]; below 1 where the autoencoder shrinks
-bias             E‖x̂‖² / E[x·x̂]; 1 where reconstructions are unbiased in size
-dead             share of the latents that never fired over all tokens
-dense_1, _10     share of the latents that fire on more than 1 % and 10 % of the tokens
-================ =====================================================================================
+x is an activation, x̂ its reconstruction, f its code, and E the mean over tokens; `DEFINITIONS` has the
+formulas.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -22,90 +14,132 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unbraid.activations.corpus import BLOCKS
+from unbraid.evaluation.definitions import Definition, Undefined
 from unbraid.sae.base import SAEOutput
-from unbraid.stats.bootstrap import Interval, bootstrap_ratio, rate
+from unbraid.stats.bootstrap import Interval, bootstrap_ratio
 
-NAMES = ("tokens", "l0", "error", "square", "square_hat", "product", "ratio", "legacy")
+RUN = 2048
+"""Tokens that follow each other, in the documents' order, whose mean `ev_legacy` takes for x̄."""
+
+DEFINITIONS: Mapping[str, Definition] = {
+    "l0": Definition("latents that fire at a token", "E[#f≠0]"),
+    "l1": Definition("sum of a token's latents", "E[Σ|f|]"),
+    "mse": Definition("squared error, summed over dimensions", "E‖x−x̂‖²", "lower"),
+    "fvu": Definition(
+        "share of the variance (about the mean) left unexplained",
+        "E‖x−x̂‖² / (E‖x‖²−‖E x‖²) over all tokens",
+        "lower",
+    ),
+    "ev_legacy": Definition(
+        "explained variance as older tables have it, for comparison with these alone",
+        f"E[1−‖x−x̂‖²/‖x−x̄‖²], x̄ the mean of each {RUN} tokens that follow each other in the documents' order",
+        "higher",
+    ),
+    "cosine": Definition(
+        "cosine of activation and reconstruction",
+        "E[x·x̂/(‖x‖‖x̂‖)], 0 where one of the two is 0 and the other not, 1 where both are",
+        "higher",
+    ),
+    "norm_in": Definition("length of the activation", "E‖x‖"),
+    "norm_out": Definition("length of the reconstruction", "E‖x̂‖"),
+    "l2_ratio": Definition(
+        "length of the reconstruction over that of the activation; below 1 where it shrinks",
+        "E[‖x̂‖/‖x‖], tokens with x = 0 left out",
+    ),
+    "bias": Definition("1 where the reconstruction's size is unbiased", "E‖x̂‖² / E[x·x̂]"),
+}
+
+_SUMS = ("tokens", "l0", "l1", "error", "square", "square_hat", "product", "cosine", "norm_in", "norm_out",
+         "sized", "ratio", "legacy_tokens", "legacy")  # fmt: skip
 
 
 class Reconstruction:
     """Running sums over tokens, kept apart by block of documents."""
 
-    def __init__(self, d_in: int, d_sae: int) -> None:
-        self.sums = {name: torch.zeros(BLOCKS, dtype=torch.float64) for name in NAMES}
+    def __init__(self, d_in: int) -> None:
+        self.sums = {name: torch.zeros(BLOCKS, dtype=torch.float64) for name in _SUMS}
         self.sum_x = torch.zeros(BLOCKS, d_in, dtype=torch.float64)
-        self.fired = torch.zeros(d_sae, dtype=torch.int64)
 
     @torch.no_grad()
-    def add(self, x: Tensor, output: SAEOutput, blocks: Tensor) -> None:
-        """Add activations x (n, d_in), their codes and reconstructions, and the block (n,) of each."""
+    def add(self, x: Tensor, output: SAEOutput, blocks: Tensor, spread: Tensor) -> None:
+        """Add activations x (n, d_in), their codes and reconstructions, the block (n,) of each, and its
+        squared distance from the mean of its run (n,)."""
         x, x_hat, blocks = x.double().cpu(), output.x_hat.double().cpu(), blocks.cpu()
-        error = (x - x_hat).square().sum(dim=1)
-        square, square_hat = x.square().sum(dim=1), x_hat.square().sum(dim=1)
-        spread = (x - x.mean(dim=0)).square().sum(dim=1)
+        square, square_hat = (x * x).sum(dim=1), (x_hat * x_hat).sum(dim=1)
+        product = (x * x_hat).sum(dim=1)
+        norm_in, norm_out = square.sqrt(), square_hat.sqrt()
+        both, rest = norm_in * norm_out, (x - x_hat)
+        error = (rest * rest).sum(dim=1)
+        neither = ((square == 0) & (square_hat == 0)).double()
+        sized, spreads = square > 0, spread > 0
         values = {
             "tokens": torch.ones_like(error),
             "l0": output.codes.l0().double().cpu(),
+            "l1": output.codes.values.abs().double().sum(dim=1).cpu(),
             "error": error,
             "square": square,
             "square_hat": square_hat,
-            "product": (x * x_hat).sum(dim=1),
-            # A zero activation has no direction to shrink along; it counts as reconstructed in size.
-            "ratio": torch.where(square > 0, (square_hat / square.clamp(min=1e-300)).sqrt(), 1.0),
-            "legacy": 1 - error / spread.clamp(min=1e-300),
+            "product": product,
+            "cosine": torch.where(both > 0, product / both.clamp(min=1e-300), neither),
+            "norm_in": norm_in,
+            "norm_out": norm_out,
+            "sized": sized.double(),
+            "ratio": torch.where(sized, norm_out / norm_in.clamp(min=1e-300), 0.0),
+            "legacy_tokens": spreads.double(),
+            "legacy": torch.where(spreads, 1 - error / spread.clamp(min=1e-300), 0.0),
         }
         for name, value in values.items():
             self.sums[name].index_add_(0, blocks, value)
         self.sum_x.index_add_(0, blocks, x)
-        indices = output.codes.indices[output.codes.values > 0]
-        self.fired += torch.bincount(indices, minlength=len(self.fired)).cpu()
 
     @property
     def mean(self) -> Tensor:
         """E x, shape (d_in,), float64."""
         return self.sum_x.sum(dim=0) / self.sums["tokens"].sum()
 
-    def metrics(self, seed: int, resamples: int = 2000) -> dict[str, Interval]:
-        """The table at the top of the file, by name."""
+    def metrics(self, seed: int, resamples: int = 2000) -> dict[str, Interval | Undefined]:
+        """The metrics of `DEFINITIONS`, by name."""
         used = self.sums["tokens"] > 0
         sums = {name: value[used].numpy() for name, value in self.sums.items()}
         units = np.arange(int(used.sum()))
 
-        def mean(above: str, below: str = "tokens") -> Interval:
+        def mean(above: str, below: str = "tokens", why: str = "") -> Interval | Undefined:
+            if sums[below].sum() == 0:
+                return Undefined(why)
             return bootstrap_ratio(sums[above], sums[below], units, seed, resamples)
 
-        share = self.fired.numpy() / sums["tokens"].sum()
         return {
             "l0": mean("l0"),
+            "l1": mean("l1"),
             "mse": mean("error"),
             "fvu": _fvu(sums, self.sum_x[used].numpy(), seed, resamples),
-            "ev_legacy": mean("legacy"),
-            "l2_ratio": mean("ratio"),
-            "bias": mean("square_hat", "product") if sums["product"].sum() != 0 else _nothing(len(units)),
-            "dead": rate(share == 0),
-            "dense_1": rate(share > 0.01),
-            "dense_10": rate(share > 0.10),
+            "ev_legacy": mean("legacy", "legacy_tokens", "the activations do not vary"),
+            "cosine": mean("cosine"),
+            "norm_in": mean("norm_in"),
+            "norm_out": mean("norm_out"),
+            "l2_ratio": mean("ratio", "sized", "all activations are 0"),
+            "bias": mean("square_hat", "product", "the reconstructions have no part along the activations"),
         }
-
-
-def _nothing(n: int) -> Interval:
-    """The bias of an autoencoder that puts out nothing along x: no size at all."""
-    return Interval(0.0, 0.0, 0.0, n)
 
 
 def _fvu(
     sums: dict[str, NDArray[np.float64]], sum_x: NDArray[np.float64], seed: int, resamples: int
-) -> Interval:
+) -> Interval | Undefined:
     """The ratio of error to variance; each resample has a mean of its own, so it is no ratio of sums."""
 
     def value(weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        """For weights (r, blocks) of the blocks, the ratio of each resample (r,)."""
+        """For weights (r, blocks) of the blocks, the ratio of each resample (r,); NaN without variance."""
         n = weights @ sums["tokens"]
         mean = (weights @ sum_x) / n[:, None]
-        variance = weights @ sums["square"] / n - (mean**2).sum(axis=1)
-        return (weights @ sums["error"] / n) / np.maximum(variance, 1e-300)
+        square = weights @ sums["square"] / n
+        variance = square - (mean**2).sum(axis=1)
+        variance[variance <= 1e-12 * square] = np.nan  # rounding is all that is left
+        return (weights @ sums["error"] / n) / variance
 
     blocks = len(sums["tokens"])
+    found = float(value(np.ones((1, blocks)))[0])
+    if np.isnan(found):
+        return Undefined("the activations do not vary")
     drawn = np.random.default_rng(seed).multinomial(blocks, np.full(blocks, 1 / blocks), size=resamples)
-    low, high = np.quantile(value(drawn.astype(np.float64)), [0.025, 0.975])
-    return Interval(float(value(np.ones((1, blocks)))[0]), float(low), float(high), blocks)
+    low, high = np.nanquantile(value(drawn.astype(np.float64)), [0.025, 0.975])
+    return Interval(found, float(low), float(high), blocks)

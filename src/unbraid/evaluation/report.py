@@ -1,25 +1,41 @@
-"""What each metric means, in a few words, for tables."""
+"""Evaluations side by side, as rows for a table."""
 
 from __future__ import annotations
 
-MEANINGS: dict[str, str] = {
-    "l0": "latents that fire at a token",
-    "mse": "squared error, summed over dimensions",
-    "fvu": "share of the variance (about the mean) left unexplained",
-    "ev_legacy": "explained variance as older tables have it, about each batch's mean",
-    "l2_ratio": "size of the reconstruction over that of the activation",
-    "bias": "1 where the reconstruction's size is unbiased",
-    "dead": "share of the latents that never fired here",
-    "dense_1": "share of the latents that fire on more than 1 % of the tokens",
-    "dense_10": "share of the latents that fire on more than 10 % of the tokens",
-    "delta_ce": "cross-entropy it costs the model, nats a token",
-    "recovered_zero": "loss recovered against zeroing the site",
-    "recovered_mean": "loss recovered against putting the mean there",
-    "kl_sae": "divergence of the next-token distribution, nats",
-    "kl_score_zero": "divergence avoided, against zeroing the site",
-    "kl_score_mean": "divergence avoided, against putting the mean there",
-    "ce_clean": "cross-entropy of the model as it is",
-    "ce_sae": "with the reconstruction in place",
-    "ce_zero": "with zeros in place",
-    "ce_mean": "with the mean in place",
-}
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from unbraid.evaluation.definitions import Definition, require_same
+from unbraid.evaluation.evaluate import DEFINITIONS, Evaluation
+from unbraid.stats.bootstrap import Interval
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of several subjects."""
+
+    metric: str
+    """Its name."""
+    definition: Definition
+    """What it is."""
+    cells: tuple[Interval | str, ...]
+    """Its value for each subject, or why there is none; empty where it does not apply."""
+
+
+def table(found: Sequence[tuple[str, Evaluation]]) -> tuple[list[str], list[Row]]:
+    """The subjects' names, each autoencoder followed by its references, and a row for every metric.
+
+    Raises UserError when two evaluations define a metric differently.
+    """
+    require_same([(name, one.definitions) for name, one in found])
+    subjects: list[str] = []
+    columns: list[dict[str, Interval | str]] = []
+    for name, one in found:
+        subjects += [name, *one.references]
+        columns.append({**one.undefined, **one.metrics})
+        for metrics in one.references.values():
+            columns.append(dict[str, Interval | str](metrics))
+    metrics = [name for name in DEFINITIONS if any(name in column for column in columns)]
+    return subjects, [
+        Row(name, DEFINITIONS[name], tuple(column.get(name, "") for column in columns)) for name in metrics
+    ]

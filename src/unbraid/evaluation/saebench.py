@@ -1,127 +1,125 @@
-"""Results of the suites as SAEBench's JSON objects: its field names, our numbers.
+"""An evaluation as the result file of SAEBench's `core`, so that its tools can show ours beside theirs.
 
-Numbers that we do not measure are left out rather than made up; intervals, seeds and the hashes of our
-definitions, which are not SAEBench's, go into `eval_result_unstructured`.
+Our definitions stand under its names where they mean the same; what differs is listed in docs/EVALUATION.md.
+It has no place for intervals, which are in `eval_result_unstructured`. A metric without a value is left out
+and named there, never encoded as a number.
 """
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Mapping
+import re
+import time
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
-from unbraid import __version__
-from unbraid.evaluation.definitions import Definition
-from unbraid.evaluation.labelled import SuiteResult
-from unbraid.evaluation.probing import CEILING, TOP
-from unbraid.evaluation.suites import DEFINITIONS
+import unbraid
+from unbraid.evaluation.evaluate import Evaluation
+from unbraid.manifest.identity import content_id
 from unbraid.sae.base import SAE
 
-NEURONS = "neurons"
+RELEASE = "unbraid"
+
+# Where each of our metrics stands there.
+_PLACES: dict[str, dict[str, str]] = {
+    "model_behavior_preservation": {
+        "kl_div_score": "kl_score_zero",
+        "kl_div_with_ablation": "kl_zero",
+        "kl_div_with_sae": "kl_sae",
+    },
+    "model_performance_preservation": {
+        "ce_loss_score": "recovered_zero",
+        "ce_loss_with_ablation": "ce_zero",
+        "ce_loss_with_sae": "ce_sae",
+        "ce_loss_without_sae": "ce_clean",
+    },
+    "reconstruction_quality": {
+        "explained_variance": "fvu",
+        "explained_variance_legacy": "ev_legacy",
+        "mse": "mse",
+        "cossim": "cosine",
+    },
+    "shrinkage": {
+        "l2_norm_in": "norm_in",
+        "l2_norm_out": "norm_out",
+        "l2_ratio": "l2_ratio",
+        "relative_reconstruction_bias": "bias",
+    },
+    "sparsity": {"l0": "l0", "l1": "l1"},
+    "misc_metrics": {
+        "freq_over_1_percent": "dense_1",
+        "freq_over_10_percent": "dense_10",
+        "normalized_freq_over_1_percent": "dense_share_1",
+        "normalized_freq_over_10_percent": "dense_share_10",
+        "average_max_encoder_cosine_sim": "max_encoder_cosine",
+        "average_max_decoder_cosine_sim": "max_decoder_cosine",
+        "frac_alive": "dead",
+    },
+}
+_LESS_THAN_ONE = ("explained_variance", "frac_alive")
+"""What they count from the other end: 1 minus ours."""
+_DETAILS = {
+    "encoder_bias": "encoder_bias",
+    "encoder_norm": "encoder_norm",
+    "encoder_decoder_cosine_sim": "encoder_decoder_cosine",
+    "max_decoder_cosine_sim": "max_decoder_cosine",
+    "max_encoder_cosine_sim": "max_encoder_cosine",
+}
 
 
-def sparse_probing_results(
-    result: SuiteResult, row: str, sae: SAE, *, release: str, sae_id: str, seed: int, millis: int
-) -> dict[str, Any]:
-    """`sparse_probing` of one row: accuracies of the model's own dimensions (`llm`) and of the latents
-    (`sae`)."""
-    llm, own = result.rows[NEURONS], result.rows[row]
-    metrics = {
-        "llm": {"llm_test_accuracy": result.rows[CEILING]["probe_all"].value}
-        | {f"llm_top_{k}_test_accuracy": llm[f"probe_top_{k}"].value for k in TOP},
-        "sae": {"sae_test_accuracy": own["probe_all"].value}
-        | {f"sae_top_{k}_test_accuracy": own[f"probe_top_{k}"].value for k in TOP},
+def file_name(sae_id: str, release: str = RELEASE) -> str:
+    """{release}_{sae_id}_eval_results.json, without what a file cannot be called."""
+    return f"{release}_{re.sub(r'[^0-9A-Za-z.-]+', '-', sae_id).strip('-.') or 'sae'}_eval_results.json"
+
+
+def core(found: Evaluation, sae: SAE, sae_id: str, release: str = RELEASE) -> dict[str, Any]:
+    """The result file's content, JSON values."""
+    metrics: dict[str, dict[str, float | int]] = {}
+    for group, places in _PLACES.items():
+        metrics[group] = {}
+        for theirs, ours in places.items():
+            if ours in found.metrics:
+                value = found.metrics[ours].value
+                metrics[group][theirs] = 1 - value if theirs in _LESS_THAN_ONE else value
+    metrics["token_stats"] = {
+        "total_tokens_eval_reconstruction": found.tokens,
+        "total_tokens_eval_sparsity_variance": found.tokens,
     }
-    by_task: Mapping[str, Mapping[str, Mapping[str, float]]] = result.details["tasks"]
+    counts, geometry = found.details.latents, found.details.geometry
+    fired, windows = counts.fired.tolist(), counts.windows.tolist()
+    columns = {theirs: geometry[ours].tolist() for theirs, ours in _DETAILS.items() if ours in geometry}
     details = [
         {
-            "dataset_name": task,
-            "llm_test_accuracy": by_task[CEILING]["probe_all"][task],
-            "sae_test_accuracy": by_task[row]["probe_all"][task],
-            **{f"llm_top_{k}_test_accuracy": by_task[NEURONS][f"probe_top_{k}"][task] for k in TOP},
-            **{f"sae_top_{k}_test_accuracy": by_task[row][f"probe_top_{k}"][task] for k in TOP},
+            "index": j,
+            "feature_density": density,
+            # Firings in a window where it fires at all; 0 for a latent that never does.
+            "consistent_activation_heuristic": fired[j] / windows[j] if windows[j] else 0.0,
+            **{name: column[j] for name, column in columns.items()},
         }
-        for task in by_task[row]["probe_all"]
+        for j, density in enumerate(counts.density.tolist())
     ]
-    return _object("sparse_probing", metrics, details, result, row, sae, release, sae_id, seed, millis)
-
-
-def tpp_results(
-    result: SuiteResult, row: str, sae: SAE, *, release: str, sae_id: str, seed: int, millis: int
-) -> dict[str, Any]:
-    """`tpp` of one row, at every threshold that was measured."""
-    metrics = {"tpp_metrics": {name: interval.value for name, interval in result.rows[row].items()}}
-    return _object("tpp", metrics, [], result, row, sae, release, sae_id, seed, millis)
-
-
-def absorption_results(
-    result: SuiteResult, row: str, sae: SAE, *, release: str, sae_id: str, seed: int, millis: int
-) -> dict[str, Any]:
-    """`absorption_first_letter` of one row: means and standard deviations over letters."""
-    letters: Mapping[str, Mapping[str, Any]] = result.details["letters"][row]
-    names = {
-        "absorption_fraction_score": [found["fraction"] for found in letters.values()],
-        "full_absorption_score": [found["full"] for found in letters.values()],
-        "num_split_features": [len(found["main"]) for found in letters.values()],
-    }
-    metrics = {"mean": {f"mean_{name}": result.rows[row][f"mean_{name}"].value for name in names}}
-    for name, values in names.items():
-        if len(values) > 1:  # of one letter there is no deviation
-            metrics["mean"][f"std_dev_{name}"] = float(np.std(values, ddof=1))
-    details = [
-        {
-            "first_letter": task.partition("=")[2],
-            "mean_absorption_fraction": found["fraction"],
-            "full_absorption_rate": found["full"],
-            "num_probe_true_positives": found["words"],
-            "num_split_features": len(found["main"]),
-        }
-        for task, found in letters.items()
-    ]
-    return _object(
-        "absorption_first_letter", metrics, details, result, row, sae, release, sae_id, seed, millis
-    )
-
-
-def _object(
-    kind: str,
-    metrics: dict[str, Any],
-    details: list[dict[str, Any]],
-    result: SuiteResult,
-    row: str,
-    sae: SAE,
-    release: str,
-    sae_id: str,
-    seed: int,
-    millis: int,
-) -> dict[str, Any]:
-    definitions: Mapping[str, Definition] = DEFINITIONS[result.suite]
-    rows = {
-        name: {m: {**interval.as_dict(), "definition": definitions[m].id} for m, interval in found.items()}
-        for name, found in result.rows.items()
-        if name == row or name in result.baselines
-    }
-    config = sae.config
+    record = found.as_dict()
     return {
-        "eval_type_id": kind,
-        "eval_config": {"random_seed": seed, "site": result.site},
-        # The same measurement has the same name, whenever it is written down.
-        "eval_id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{kind}/{release}/{sae_id}/{seed}/{rows}")),
-        "datetime_epoch_millis": millis,
+        "eval_type_id": "core",
+        "eval_config": {
+            "model_name": found.model,
+            "context_size": found.context,
+            "exclude_special_tokens_from_reconstruction": True,
+            "compute_kl": True,
+            "compute_ce_loss": True,
+            "compute_l2_norms": True,
+            "compute_sparsity_metrics": True,
+            "compute_variance_metrics": True,
+            "compute_featurewise_density_statistics": True,
+            "compute_featurewise_weight_based_metrics": True,
+        },
+        "eval_id": content_id(record),
+        "datetime_epoch_millis": int(time.time() * 1000),
         "eval_result_metrics": metrics,
         "eval_result_details": details,
-        "sae_bench_commit_hash": f"none: unbraid {__version__}",
+        "sae_bench_commit_hash": f"not run, written by unbraid {unbraid.__version__}",
         "sae_lens_id": sae_id,
         "sae_lens_release_id": release,
-        "sae_lens_version": f"none: unbraid {__version__}",
-        "sae_cfg_dict": {
-            "architecture": config.architecture, "d_in": config.d_in, "d_sae": config.d_sae,
-            "hook_name": config.site, "model_name": config.model_name, "dtype": config.dtype,
-        },
-        "eval_result_unstructured": {
-            "seed": seed, "intervals": rows, "baselines": list(result.baselines),
-            "detectable": dict(result.detectable), "notes": list(result.notes),
-        },
-    }  # fmt: skip
+        "sae_lens_version": "not run",
+        "sae_cfg_dict": {**asdict(sae.config), "options": dict(sae.config.options)},
+        "eval_result_unstructured": record,
+    }

@@ -44,6 +44,18 @@ class Series:
 
 
 @dataclass(frozen=True)
+class Bar:
+    """One bin of a histogram."""
+
+    low: float
+    """Where it begins, above 0."""
+    high: float
+    """Where it ends."""
+    count: int
+    """What is in it."""
+
+
+@dataclass(frozen=True)
 class Scale:
     """A map from data to pixels, straight or by the logarithm."""
 
@@ -130,12 +142,58 @@ def line_chart(
     return _svg(parts, width, height, description, "chart")
 
 
+def bars(
+    each: Sequence[Bar], *, x_label: str, y_label: str, style: int = 0, width: int = 460, height: int = 260
+) -> Markup:
+    """A histogram over a logarithmic axis; nothing for no bins."""
+    if not each:
+        return Markup("")
+    left, right, top, bottom = 58, 14, 34, 46
+    x = Scale(each[0].low, each[-1].high, left + 8, width - right - 8, logarithmic=True)
+    ticks = nice_ticks(0.0, max(bar.count for bar in each), 4)
+    y = Scale(0.0, ticks[-1], height - bottom, top)
+    parts: list[Markup] = []
+    for tick in ticks:
+        parts.append(_line(left, y(tick), width - right, y(tick), "grid"))
+        parts.append(_text(left - 8, y(tick) + 4, f"{tick:,.6g}", "tick", anchor="end"))
+    powers = [10.0**n for n in range(math.floor(math.log10(x.low)), math.ceil(math.log10(x.high)) + 1)]
+    inside = [p for p in powers if x.low <= p <= x.high]
+    if len(inside) < 2:
+        inside = [t for t in log_ticks(x.low, x.high) if x.low <= t <= x.high]
+    for tick in inside:
+        parts.append(_text(x(tick), height - bottom + 18, f"{tick:g}", "tick"))
+    parts.append(_text(left, 16, y_label, "axis", anchor="start"))
+    parts.append(_text((left + width - right) / 2, height - 8, x_label, "axis"))
+    columns = [
+        Markup(
+            '<rect class="column" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}">'
+            "<title>{}</title></rect>"
+        ).format(
+            x(bar.low) + 0.5,
+            y(bar.count),
+            max(x(bar.high) - x(bar.low) - 1, 0.5),
+            y(0.0) - y(bar.count),
+            f"{bar.low:.3g} to {bar.high:.3g}: {bar.count:,}",
+        )
+        for bar in each
+    ]
+    parts.append(Markup('<g class="s{}">{}</g>').format(style, Markup("").join(columns)))
+    return _svg(parts, width, height, f"{y_label} by {x_label}", "chart")
+
+
 def scatter(
-    series: Sequence[Series], *, x_label: str, y_label: str, width: int = 460, height: int = 340
+    series: Sequence[Series],
+    *,
+    x_label: str,
+    y_label: str,
+    band: Sequence[Point] = (),
+    width: int = 460,
+    height: int = 340,
 ) -> Markup:
     """Points with their vertical intervals, those of a series joined in the order of x.
 
-    Both axes are logarithmic where all values allow it, so that equal factors are equal distances.
+    Both axes are logarithmic where all values allow it, so that equal factors are equal distances. `band`
+    shades the intervals of points, by x, each reaching to the next.
     """
     points = [p for s in series for p in s.points]
     if not points:
@@ -151,6 +209,16 @@ def scatter(
         parts.append(_text(x(tick), height - bottom + 18, f"{tick:.6g}", "tick"))
     parts.append(_text(left, 16, y_label, "axis", anchor="start"))
     parts.append(_text((left + width - right) / 2, height - 8, x_label, "axis"))
+    if band:
+        ends = [*(p.x for p in band[1:]), x.high]
+        upper = [
+            f"{x(at):.1f},{y(p.high):.1f}" for p, end in zip(band, ends, strict=True) for at in (p.x, end)
+        ]
+        lower = [
+            f"{x(at):.1f},{y(p.low):.1f}" for p, end in zip(band, ends, strict=True) for at in (p.x, end)
+        ]
+        outline = " ".join(upper + lower[::-1])
+        parts.append(Markup('<polygon class="front" points="{}"/>').format(outline))
     for s in series:
         ordered = sorted(s.points, key=lambda p: p.x)
         path = " ".join(f"{x(p.x):.1f},{y(p.y):.1f}" for p in ordered)

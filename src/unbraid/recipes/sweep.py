@@ -158,7 +158,11 @@ def summarise(every: Sequence[Trial], evaluations: Mapping[str, Mapping[str, Any
                 "architecture": config.architecture,
                 "width": config.d_sae,
                 "seeds": len(group),
-                "metrics": {key: _over([m[key] for m in measured]) for key in measured[0]},
+                "metrics": {
+                    key: _over([m[key] for m in measured])
+                    for key in measured[0]
+                    if all(key in m for m in measured)  # where one has no value, there is no mean
+                },
             }
         )
     for name in ("fvu", "delta_ce"):
