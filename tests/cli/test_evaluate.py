@@ -130,3 +130,51 @@ def test_one_autoencoder_twice_and_broken_weights_are_named(
     assert main([*command, small, str(tmp_path / "broken")]) == 1
     err = capsys.readouterr().err
     assert "broken/sae_weights.safetensors: b_dec holds values that are not numbers" in err
+
+
+def test_suites_stand_in_the_table_the_page_and_saebenchs_files(
+    words: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder, command = words
+    text = tmp_path / "labelled.jsonl"
+    kinds = ("red ball", "two tablets", "delayed package")
+    lines = [
+        {"text": f"the {kinds[i % 3]} was {i}", "labels": {"what": HOSTILE[i % 3 :]}} for i in range(210)
+    ]
+    text.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [*command[:3], "--text", str(text), "--tokens", "200", "--sae", str(folder / "small")]
+    suites = ["--references", "--suite", "probing", "tpp", "--out", str(tmp_path / "ev")]
+    assert main([*command, *suites]) == 0
+    shown = capsys.readouterr().out
+    assert "probing at" in shown and "tpp at" in shown and "detectable" in shown
+    manifest = check_files(tmp_path / "ev")
+    assert {name.split("/")[0] for name in manifest.files if "/" in name} == {"sparse_probing", "tpp"}
+    stored = json.loads((tmp_path / "ev" / "suites.json").read_text())["suites"]
+    assert [result["suite"] for result in stored] == ["probing", "tpp"]
+    probing = stored[0]["rows"]
+    assert probing[str(folder / "small")].keys() == stored[0]["definitions"].keys()
+    assert all(
+        0 <= i["low"] <= i["value"] <= i["high"] <= 1 for row in probing.values() for i in row.values()
+    )
+    page = (tmp_path / "ev" / "report.html").read_text()
+    assert "Suite probing at" in page and "<script>" not in page
+    main([*command, "--json", "--references", "--suite", "probing"])
+    again = json.loads(capsys.readouterr().out)["suites"][0]
+    assert again == stored[0]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--suite", "stability"], "the suite stability compares autoencoders; name two or more"),
+        (["--suite", "probing"], "no label divides the 8 documents (no document has the field labels)"),
+        (["--suite", "probing", "--suite-documents", "0"], "suite_documents is 0; choose 1 or more"),
+    ],
+)
+def test_what_a_suite_lacks_is_one_sentence(
+    words: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str], more: list[str], says: str
+) -> None:
+    folder, command = words
+    assert main([*command, str(folder / "small"), "--references", *more]) == 2
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("evaluate:")]
+    assert says in said

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +20,10 @@ from unbraid.cli.progress import shown
 from unbraid.cli.saes import open_sae, this_command
 from unbraid.evaluation.evaluate import Evaluation, evaluate_all
 from unbraid.evaluation.gates import Verdict, judge, read_limits
+from unbraid.evaluation.labelled import SuiteResult
 from unbraid.evaluation.references import REFERENCES, Reference
 from unbraid.evaluation.report import table
+from unbraid.evaluation.suites import Suite, as_record, check_suites, run_suites
 from unbraid.manifest.errors import UserError
 from unbraid.recipes.scorecard import Scored, write
 from unbraid.stats.bootstrap import Interval
@@ -50,6 +54,11 @@ class Options:
     references: tuple[Reference, ...] = REFERENCES
     """What to measure beside each autoencoder, at its L0: untrained, pca, neurons, directions; nothing after
     the option measures none, which is faster."""
+    suite: tuple[Suite, ...] = ()
+    """Suites to run as well: probing, tpp and removal want documents with labels, concepts those with
+    concepts, stability several autoencoders, absorption nothing."""
+    suite_documents: int = 2000
+    """Documents that the suites read at most."""
     require: str = ""
     """Limits to keep, such as "fvu<=0.05 dead<0.02 delta_ce<=0.1": judged on the 95 % interval, and exit code
     1 where one is broken."""
@@ -66,6 +75,9 @@ class Options:
 def run(options: Options) -> int:
     """Evaluate, print what was measured, and return 1 where a limit is broken."""
     limits = read_limits(options.require) if options.require else []
+    check_suites(options.suite, len(options.sae))
+    if options.suite_documents < 1:
+        raise UserError(f"suite_documents is {options.suite_documents}; choose 1 or more")
     if options.out is not None and options.out.exists():
         raise UserError(f"{options.out} exists already; choose another --out or delete it")
     next(read_documents(options.text))  # a wrong file is told before a large model is loaded
@@ -89,18 +101,35 @@ def run(options: Options) -> int:
             seed=options.seed,
             progress=progress,
         )
+    results: list[SuiteResult] = []
+    if options.suite:
+        with shown("evaluate", "documents") as progress:
+            results = run_suites(
+                options.suite,
+                dict(zip(names, saes, strict=True)),
+                lm,
+                list(islice(read_documents(options.text), options.suite_documents)),
+                site=options.site,
+                positions=options.positions,
+                context=options.context,
+                seed=options.seed,
+                progress=progress,
+            )
     scored = [
         Scored(name, identity, sae, its, judge(limits, its), folder)
         for name, (_, identity), sae, its, folder in zip(names, opened, saes, found, options.sae, strict=True)
     ]
     if options.out is not None:
-        write(scored, options.out, command=this_command(), seed=options.seed)
+        write(scored, options.out, command=this_command(), seed=options.seed, suites=results)
     if options.json:
         records = [one.as_dict() for one in scored]
         printed: Any = records[0] if len(records) == 1 else {"evaluations": records}
+        if results:
+            printed |= {"suites": [as_record(result) for result in results]}
         print(json.dumps(printed, indent=2, ensure_ascii=False, allow_nan=False))
     else:
         _show([(one.name, one.found) for one in scored])
+        _show_suites(results)
         if options.out is not None:
             print(f"{options.out}: {options.out / 'report.html'} shows the same with plots")
     broken = [(one.name, verdict) for one in scored for verdict in one.verdicts if not verdict.kept]
@@ -139,6 +168,23 @@ def _show(found: list[tuple[str, Evaluation]]) -> None:
             for kind, metrics in {name: one.metrics, **one.references}.items():
                 beside.add_row(escape(kind), *(_cell(metrics.get(metric, "")) for metric in COMPARED))
             console.print(beside)
+
+
+def _show_suites(results: Sequence[SuiteResult]) -> None:
+    console = Console()
+    for result in results:
+        metrics = result.metrics
+        title = f"suite {result.suite} at {result.site}"
+        shown = Table("", *metrics, title=escape(title), title_justify="left")
+        for name, row in result.rows.items():
+            shown.add_row(escape(name), *(_cell(row.get(metric, "")) for metric in metrics))
+        if any(result.detectable.get(metric) is not None for metric in metrics):
+            least = [result.detectable.get(metric) for metric in metrics]
+            shown.add_section()
+            shown.add_row("detectable difference", *("" if d is None else f"{d:.3g}" for d in least))
+        console.print(shown)
+        for note in result.notes:
+            print(note)
 
 
 def _cell(cell: Interval | str) -> str:

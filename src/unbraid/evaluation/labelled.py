@@ -122,6 +122,11 @@ class SuiteResult:
     site: str = ""
     """Where the autoencoders read."""
 
+    @property
+    def metrics(self) -> list[str]:
+        """Names of what was measured, in the rows' order."""
+        return list(dict.fromkeys(metric for row in self.rows.values() for metric in row))
+
     def as_dict(self) -> dict[str, Any]:
         """Everything as JSON values."""
         rows = {name: {m: i.as_dict() for m, i in row.items()} for name, row in self.rows.items()}

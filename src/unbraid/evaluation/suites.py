@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import get_args
+from typing import Any, Literal, get_args
 
 from unbraid.activations.documents import Document
 from unbraid.activations.text import Positions
@@ -19,6 +19,7 @@ from unbraid.model.load import LanguageModel
 from unbraid.model.sites import Site
 from unbraid.sae.base import SAE
 
+Suite = Literal["probing", "tpp", "removal", "absorption", "concepts", "stability"]
 DEFINITIONS: Mapping[str, Mapping[str, Definition]] = {
     "probing": probing.DEFINITIONS,
     "tpp": tpp.DEFINITIONS,
@@ -52,10 +53,7 @@ def run_suites(
     once for the suites that can share it. Raises UserError for a suite or a name that does not exist, and
     for whatever a suite lacks.
     """
-    if unknown := [name for name in names if name not in DEFINITIONS]:
-        raise UserError(f"there is no suite {unknown[0]!r}; choose among {', '.join(DEFINITIONS)}")
-    if not saes:
-        raise UserError("no autoencoder is given; name one or more")
+    check_suites(names, len(saes))
     if positions not in get_args(Positions):
         raise UserError(
             f"there are no positions {positions!r}; choose among {', '.join(get_args(Positions))}"
@@ -74,6 +72,22 @@ def run_suites(
         ]
     order = {name: place for place, name in enumerate(names)}
     return sorted(found, key=lambda result: order[result.suite])
+
+
+def check_suites(names: Sequence[str], autoencoders: int) -> None:
+    """Raise UserError for a suite that does not exist, and for too few autoencoders."""
+    if unknown := [name for name in names if name not in DEFINITIONS]:
+        raise UserError(f"there is no suite {unknown[0]!r}; choose among {', '.join(DEFINITIONS)}")
+    if not autoencoders:
+        raise UserError("no autoencoder is given; name one or more")
+    if "stability" in names and autoencoders < 2:
+        raise UserError("the suite stability compares autoencoders; name two or more of different seeds")
+
+
+def as_record(result: SuiteResult) -> dict[str, Any]:
+    """A result as JSON values, with the ids of its metrics' definitions."""
+    known = DEFINITIONS[result.suite]
+    return result.as_dict() | {"definitions": {name: known[name].id for name in result.metrics}}
 
 
 def _at_site(

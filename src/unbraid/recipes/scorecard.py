@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 import unbraid
-from unbraid.evaluation import saebench
+from unbraid.evaluation import saebench, saebench_suites
 from unbraid.evaluation.evaluate import Evaluation
 from unbraid.evaluation.gates import Verdict
+from unbraid.evaluation.labelled import SuiteResult
 from unbraid.evaluation.report import table
+from unbraid.evaluation.suites import DEFINITIONS as SUITES
+from unbraid.evaluation.suites import as_record
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.files import building, write_json, write_text
 from unbraid.manifest.record import write_manifest
@@ -24,6 +28,12 @@ from unbraid.sae.base import SAE
 from unbraid.stats.bootstrap import Interval
 
 KIND = "evaluation"
+SAEBENCH = {
+    "probing": saebench_suites.sparse_probing_results,
+    "tpp": saebench_suites.tpp_results,
+    "absorption": saebench_suites.absorption_results,
+}
+"""Suites that SAEBench has a file for."""
 MATCHED = 0.1
 """How much higher an L0 may be, as a share, and still count as the same."""
 STYLES = 6
@@ -58,10 +68,12 @@ class Scored:
         }
 
 
-def write(scored: Sequence[Scored], out: Path, *, command: str, seed: int) -> None:
+def write(
+    scored: Sequence[Scored], out: Path, *, command: str, seed: int, suites: Sequence[SuiteResult] = ()
+) -> None:
     """Make the folder `out`. Raises UserError when it exists, and when definitions differ."""
     labels = _labels(scored)
-    page = render(scored, command)
+    page = render(scored, command, suites)
     with building(out) as folder:
         write_json(
             folder / "evaluation.json",
@@ -70,6 +82,15 @@ def write(scored: Sequence[Scored], out: Path, *, command: str, seed: int) -> No
         write_text(folder / "report.html", page)
         for one, label in zip(scored, labels, strict=True):
             write_json(folder / saebench.file_name(label), saebench.core(one.found, one.sae, label))
+            for result in suites:
+                if result.suite in SAEBENCH and one.name in result.rows:
+                    there = SAEBENCH[result.suite](
+                        result, one.name, one.sae, release=saebench.RELEASE, sae_id=label, seed=seed,
+                        millis=int(time.time() * 1000),
+                    )  # fmt: skip
+                    write_json(folder / there["eval_type_id"] / saebench.file_name(label), there)
+        if suites:
+            write_json(folder / "suites.json", {"suites": [as_record(result) for result in suites]})
         first = scored[0].found
         write_manifest(
             folder,
@@ -126,7 +147,7 @@ def _trimmed(counts: list[int], edges: list[float]) -> dict[str, list[int] | lis
     }
 
 
-def render(scored: Sequence[Scored], command: str) -> str:
+def render(scored: Sequence[Scored], command: str, suites: Sequence[SuiteResult] = ()) -> str:
     """The page as one HTML string that loads nothing and runs no script.
 
     Raises UserError when two of the evaluations define a metric differently.
@@ -147,6 +168,8 @@ def render(scored: Sequence[Scored], command: str) -> str:
         frontiers=[(site, _frontiers([one for one in scored if one.found.site == site]))
                    for site in dict.fromkeys(one.found.site for one in scored)],
         matched=matched(scored),
+        suites=suites,
+        suite_definitions=SUITES,
         match_percent=f"{100 * MATCHED:g}",
         command=command,
         version=unbraid.__version__,
