@@ -16,7 +16,7 @@ from torch import Tensor
 from unbraid.activations.corpus import BLOCKS
 from unbraid.evaluation.definitions import Definition, Undefined
 from unbraid.sae.base import SAEOutput
-from unbraid.stats.bootstrap import Interval, bootstrap_ratio
+from unbraid.stats.bootstrap import Interval, bootstrap_ratio, bootstrap_unexplained
 
 RUN = 2048
 """Tokens that follow each other, in the documents' order, whose mean `ev_legacy` takes for x̄."""
@@ -125,21 +125,7 @@ class Reconstruction:
 def _fvu(
     sums: dict[str, NDArray[np.float64]], sum_x: NDArray[np.float64], seed: int, resamples: int
 ) -> Interval | Undefined:
-    """The ratio of error to variance; each resample has a mean of its own, so it is no ratio of sums."""
-
-    def value(weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        """For weights (r, blocks) of the blocks, the ratio of each resample (r,); NaN without variance."""
-        n = weights @ sums["tokens"]
-        mean = (weights @ sum_x) / n[:, None]
-        square = weights @ sums["square"] / n
-        variance = square - (mean**2).sum(axis=1)
-        variance[variance <= 1e-12 * square] = np.nan  # rounding is all that is left
-        return (weights @ sums["error"] / n) / variance
-
-    blocks = len(sums["tokens"])
-    found = float(value(np.ones((1, blocks)))[0])
-    if np.isnan(found):
+    n, square = sums["tokens"].sum(), sums["square"].sum()
+    if square - (sum_x.sum(axis=0) ** 2).sum() / n <= 1e-12 * square:  # rounding is all that is left
         return Undefined("the activations do not vary")
-    drawn = np.random.default_rng(seed).multinomial(blocks, np.full(blocks, 1 / blocks), size=resamples)
-    low, high = np.nanquantile(value(drawn.astype(np.float64)), [0.025, 0.975])
-    return Interval(found, float(low), float(high), blocks)
+    return bootstrap_unexplained(sums["error"], sums["square"], sum_x, sums["tokens"], seed, resamples)
