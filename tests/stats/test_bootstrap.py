@@ -247,3 +247,8 @@ def test_the_mean_of_runs_has_students_interval() -> None:
         mean_of_runs([])
     with pytest.raises(ValueError, match="finite"):
         mean_of_runs([1.0, float("nan")])
+
+
+def test_a_quantity_that_is_bounded_has_an_interval_within() -> None:
+    assert Interval(0.9, 0.7, 1.2, 5).within(0, 1) == Interval(0.9, 0.7, 1.0, 5)
+    assert Interval(0.1, -0.2, 0.3, 5).within(0) == Interval(0.1, 0.0, 0.3, 5)

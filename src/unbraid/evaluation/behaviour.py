@@ -85,7 +85,8 @@ class Behaviour:
             bottom = sums[below] - (sums[base] if base else 0)
             if bottom.sum() == 0:
                 return Undefined("the ablation changes nothing, so there is nothing to recover")
-            return bootstrap_ratio(top, bottom, units, seed, resamples)
+            found = bootstrap_ratio(top, bottom, units, seed, resamples)
+            return found if less or base else found.within(0)
 
         ce, kl = f"ce_{sae}", f"kl_{sae}"
         return {

@@ -205,4 +205,5 @@ def absorption_fraction(dense: Matrix, main: Rows, projection: Matrix, aligned: 
 def _over_letters(values: Sequence[Any], words: Sequence[Rows], seed: int, resamples: int) -> Interval:
     weight = np.concatenate([np.full(len(v), 1 / len(v)) for v in values])
     every = np.concatenate([np.asarray(v, dtype=np.float64) for v in values])
-    return bootstrap_ratio(every * weight, weight, np.concatenate(list(words)), seed, resamples)
+    found = bootstrap_ratio(every * weight, weight, np.concatenate(list(words)), seed, resamples)
+    return found.within(0, 1)

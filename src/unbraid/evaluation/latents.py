@@ -98,5 +98,6 @@ class Latents:
             found[name] = Undefined("no latent fires")
             if fired.any():
                 dense = np.where(density > bar, fired, 0.0)
-                found[name] = bootstrap_ratio(dense, fired, np.arange(len(fired)), seed, resamples)
+                share = bootstrap_ratio(dense, fired, np.arange(len(fired)), seed, resamples)
+                found[name] = share.within(0, 1)
         return found

@@ -9,7 +9,6 @@ on `test`, no epoch is picked by it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -148,9 +147,7 @@ def accuracy(
     weight = np.concatenate([np.full(len(c), 1 / len(c)) for c in correct])
     documents = np.concatenate([task.rows["test"] for task in asked])
     found = bootstrap_ratio(np.concatenate(correct) * weight, weight, documents, seed, resamples)
-    # A share, whatever a sum's rounding or a symmetric interval says.
-    value, low, high = (min(max(number, 0.0), 1.0) for number in (found.value, found.low, found.high))
-    return replace(found, value=value, low=low, high=high)
+    return found.within(0, 1)
 
 
 def detectable_differences(rows: Mapping[str, Mapping[str, Interval]]) -> dict[str, float | None]:

@@ -49,6 +49,8 @@ DEFINITIONS: Mapping[str, Definition] = {
     "bias": Definition("1 where the reconstruction's size is unbiased", "E‖x̂‖² / E[x·x̂]"),
 }
 
+_BOUNDS = {"cosine": (-1.0, 1.0), "legacy": (-np.inf, 1.0), "square_hat": (-np.inf, np.inf)}
+"""Between which numbers a metric over these sums has to lie; the others cannot be negative."""
 _SUMS = ("tokens", "l0", "l1", "error", "square", "square_hat", "product", "cosine", "norm_in", "norm_out",
          "sized", "ratio", "legacy_tokens", "legacy")  # fmt: skip
 
@@ -106,7 +108,8 @@ class Reconstruction:
         def mean(above: str, below: str = "tokens", why: str = "") -> Interval | Undefined:
             if sums[below].sum() == 0:
                 return Undefined(why)
-            return bootstrap_ratio(sums[above], sums[below], units, seed, resamples)
+            found = bootstrap_ratio(sums[above], sums[below], units, seed, resamples)
+            return found.within(*_BOUNDS.get(above, (0.0, np.inf)))
 
         return {
             "l0": mean("l0"),
@@ -128,4 +131,5 @@ def _fvu(
     n, square = sums["tokens"].sum(), sums["square"].sum()
     if square - (sum_x.sum(axis=0) ** 2).sum() / n <= 1e-12 * square:  # rounding is all that is left
         return Undefined("the activations do not vary")
-    return bootstrap_unexplained(sums["error"], sums["square"], sum_x, sums["tokens"], seed, resamples)
+    found = bootstrap_unexplained(sums["error"], sums["square"], sum_x, sums["tokens"], seed, resamples)
+    return found.within(0)

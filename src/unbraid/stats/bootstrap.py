@@ -41,6 +41,11 @@ class Interval:
         """Return the four numbers by name."""
         return asdict(self)
 
+    def within(self, least: float = -np.inf, most: float = np.inf) -> Interval:
+        """Return the same for a quantity that cannot lie outside: a studentised interval does not know."""
+        value, low, high = (min(max(number, least), most) for number in (self.value, self.low, self.high))
+        return Interval(value, low, high, self.n)
+
 
 def rate(successes: ArrayLike, level: float = 0.95) -> Interval:
     """Return the share of true values in `successes` (n,) with Wilson's score interval (Wilson, 1927).
