@@ -13,6 +13,7 @@ from unbraid.sae.base import SAE
 from unbraid.sae.batchtopk import BatchTopKSAE
 from unbraid.sae.jumprelu import JumpReLUSAE
 from unbraid.sae.topk import TopKSAE
+from unbraid.training.run import first_weights
 
 ROWS_AT_ONCE = 2048
 """Activations whose products with every direction exist at the same time."""
@@ -59,8 +60,7 @@ def random_directions(sae: SAE, x: Tensor, seed: int) -> SAE:
 
 
 def _aimed(sae: SAE, x: Tensor, seed: int) -> SAE:
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(sae.config.d_sae, sae.config.d_in, generator=generator)
+    rows = torch.randn(sae.config.d_sae, sae.config.d_in, generator=first_weights(seed))
     sae.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
     sae.W_enc.copy_(sae.W_dec.T)
     sae.b_dec.copy_(x.double().mean(dim=0).float())

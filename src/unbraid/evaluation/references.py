@@ -17,6 +17,7 @@ from torch import Tensor
 from unbraid.sae.base import SAE, SAEOutput
 from unbraid.sae.codes import SparseCodes
 from unbraid.sae.registry import build
+from unbraid.training.run import first_weights
 
 Reference = Literal["untrained", "pca", "neurons", "directions"]
 REFERENCES: tuple[Reference, ...] = get_args(Reference)
@@ -55,5 +56,5 @@ def random_basis(d: int, k: int, seed: int) -> Tensor:
 def untrained(sae: SAE, sample: Tensor, seed: int) -> SAE:
     """An autoencoder of the same configuration, as training starts; sample (n, d_in) sets its scale."""
     fresh = build(sae.config)
-    fresh.initialise(sample, sample, torch.Generator().manual_seed(seed))
+    fresh.initialise(sample, sample, first_weights(seed))
     return fresh.requires_grad_(False)
