@@ -60,6 +60,20 @@ class FileEntry:
         hashed = {"sha256": sha256_file, "blake3": blake3_file}[digest](path)
         return cls(path.stat().st_size, **{digest: hashed})
 
+    def require(self, found: FileEntry, path: Path | str) -> None:
+        """Raise IntegrityError, naming the path or URL, unless what was found there is this file."""
+        if found.bytes != self.bytes:
+            raise IntegrityError(
+                f"{path} has {found.bytes} bytes where its manifest lists {self.bytes}; restore it or make"
+                " the artifact again"
+            )
+        if found != self:
+            (digest, now), (_, then) = found.digest, self.digest
+            raise IntegrityError(
+                f"{path} was changed: its {digest} is {now[:12]}… where its manifest lists {then[:12]}…;"
+                " restore it or make the artifact again"
+            )
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -194,18 +208,7 @@ def check_files(folder: Path) -> Manifest:
         if name not in present:
             raise IntegrityError(f"{path} is missing; restore it or make the artifact again")
         expected = manifest.files[name]
-        found = FileEntry.of(path, expected.digest[0])
-        if found.bytes != expected.bytes:
-            raise IntegrityError(
-                f"{path} has {found.bytes} bytes where its manifest lists {expected.bytes}; "
-                "restore it or make the artifact again"
-            )
-        if found != expected:
-            (digest, now), (_, then) = found.digest, expected.digest
-            raise IntegrityError(
-                f"{path} was changed: its {digest} is {now[:12]}… where its manifest lists {then[:12]}…; "
-                "restore it or make the artifact again"
-            )
+        expected.require(FileEntry.of(path, expected.digest[0]), path)
     return manifest
 
 

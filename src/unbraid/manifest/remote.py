@@ -108,7 +108,7 @@ class Remote:
             if name not in there:
                 raise IntegrityError(f"{self.at(name)} is missing; restore it or make it again")
             if (size := there[name]) is not None and size != entry.bytes:
-                self._compare(name, entry, FileEntry(size, **dict([entry.digest])))
+                entry.require(FileEntry(size, **dict([entry.digest])), self.at(name))
 
     def _told(self) -> dict[str, int | None] | None:
         try:
@@ -176,7 +176,7 @@ class Remote:
         for last in (False, True):
             try:
                 self._try("read", name, get)
-                self._compare(name, entry, FileEntry.of(path, entry.digest[0]))
+                entry.require(FileEntry.of(path, entry.digest[0]), self.at(name))
                 return
             except (FileNotFoundError, IsADirectoryError) as error:
                 raise IntegrityError(f"{self.at(name)} is missing; restore it or capture again") from error
@@ -206,7 +206,7 @@ class Remote:
             return FileEntry(size, **{entry.digest[0]: digest.hexdigest()})
 
         try:
-            self._compare(name, entry, self._try("read", name, hashed))
+            entry.require(self._try("read", name, hashed), self.at(name))
         except (FileNotFoundError, IsADirectoryError) as error:
             raise IntegrityError(f"{self.at(name)} is missing; restore it or make it again") from error
 
@@ -232,19 +232,6 @@ class Remote:
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}"
-
-    def _compare(self, name: str, entry: FileEntry, found: FileEntry) -> None:
-        if found.bytes != entry.bytes:
-            raise IntegrityError(
-                f"{self.at(name)} has {found.bytes} bytes where its manifest lists {entry.bytes}; restore it"
-                " or make it again"
-            )
-        if found != entry:
-            (digest, now), (_, then) = found.digest, entry.digest
-            raise IntegrityError(
-                f"{self.at(name)} was changed: its {digest} is {now[:12]}… where its manifest lists"
-                f" {then[:12]}…; restore it or make it again"
-            )
 
     def _try(self, what: str, name: str, call: Callable[[], T], pauses: Sequence[float] | None = None) -> T:
         """Call until it succeeds, as often as there are pauses and once more."""
