@@ -87,6 +87,20 @@ def run(options: Options) -> int:
     names = [str(folder) for folder in options.sae]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"--sae names {twice} twice; name it once")
+    results: list[SuiteResult] = []
+    if options.suite:  # first, since these are particular about the text
+        with shown("evaluate", "documents") as progress:
+            results = run_suites(
+                options.suite,
+                dict(zip(names, saes, strict=True)),
+                lm,
+                list(islice(read_documents(options.text), options.suite_documents)),
+                site=options.site,
+                positions=options.positions,
+                context=options.context,
+                seed=options.seed,
+                progress=progress,
+            )
     with shown("evaluate", "batches") as progress:
         found = evaluate_all(
             saes,
@@ -101,20 +115,6 @@ def run(options: Options) -> int:
             seed=options.seed,
             progress=progress,
         )
-    results: list[SuiteResult] = []
-    if options.suite:
-        with shown("evaluate", "documents") as progress:
-            results = run_suites(
-                options.suite,
-                dict(zip(names, saes, strict=True)),
-                lm,
-                list(islice(read_documents(options.text), options.suite_documents)),
-                site=options.site,
-                positions=options.positions,
-                context=options.context,
-                seed=options.seed,
-                progress=progress,
-            )
     scored = [
         Scored(name, identity, sae, its, judge(limits, its), folder)
         for name, (_, identity), sae, its, folder in zip(names, opened, saes, found, options.sae, strict=True)

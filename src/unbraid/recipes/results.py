@@ -143,7 +143,7 @@ def quality(shop: Workshop, guarded: Guarded, test: PromptSet) -> dict[str, Any]
     path = shop.out / "quality.json"
     if not path.exists():
         documents = [d for _, _, d in unguarded_replies(shop, test)]
-        with shop.stage("evaluate the autoencoder", "tokens") as progress:
+        with shop.stage("evaluate the autoencoder", "batches") as progress:
             found = evaluate(
                 guarded.reader.sae,
                 shop.lm,
