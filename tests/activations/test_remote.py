@@ -477,16 +477,27 @@ def test_truncated_and_changed_downloads_are_noticed(
     assert store.read(SITE, 2).equal(whole.read(SITE, 2)) and store.read(SITE, 3).equal(whole.read(SITE, 3))
 
 
+@pytest.mark.parametrize("over_at_once", [False, True])
 def test_a_full_disk_here_is_not_the_stores_fault(
-    store: ActivationStore, monkeypatch: pytest.MonkeyPatch
+    store: ActivationStore, monkeypatch: pytest.MonkeyPatch, over_at_once: bool
 ) -> None:
+    if over_at_once:  # a file's coming has ended, badly, before anybody waits for it
+
+        class Thread(threading.Thread):
+            def start(self) -> None:
+                super().start()
+                self.join()
+
+        monkeypatch.setattr(threading, "Thread", Thread)
+
     def full(call: str, path: str, data: bytes) -> bytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     troubled(monkeypatch, full)
     with pytest.raises(OSError, match=r"the disk is full; free some space"):
         store.read(SITE, 0)
-    assert [call for call, _ in Flaky.calls].count("get") == 1
+    # Tried ahead, and by who needs it where that failed before anybody waited: not as the store's fault is.
+    assert [call for call, _ in Flaky.calls].count("get") in ([2] if over_at_once else [1, 2])
 
 
 def test_damage_at_the_url_is_named_when_it_is_opened(store: ActivationStore) -> None:

@@ -153,9 +153,13 @@ class Fetched:
                 f" at once; set {SIZE} higher, or read in the order of capture with --follow"
             )
 
-    def expect(self, names: Iterable[str]) -> None:
-        """Begin to bring these files, in this order; no more than half of the cache holds."""
+    def expect(self, names: Iterable[str]) -> dict[str, Future[None]]:
+        """Begin to bring these files, in this order; no more than half of the cache holds.
+
+        Returns those that were not here, to wait for: each tells how its coming ended, also when it is over.
+        """
         room = self.cache.size // 2 if self.size > self.cache.size else self.size
+        coming: dict[str, Future[None]] = {}
         with self._lock:
             for name in names:
                 if (room := room - self._files[name].bytes) < 0:
@@ -163,11 +167,14 @@ class Fetched:
                 if name not in self._coming and not self.cache.path(self._files[name]).exists():
                     self._coming[name] = Future()
                     self._waiting.append(name)
+                if name in self._coming:
+                    coming[name] = self._coming[name]
             more = min(THREADS - self._busy, len(self._waiting))
             self._busy += more
         for _ in range(more):
             # Daemons: the end of the process does not wait until all that was expected has come.
             threading.Thread(target=self._work, name="unbraid-fetch", daemon=True).start()
+        return coming
 
     def open(self, name: str) -> FileIO:
         """A file for reading; waits until it is here. Raises what bringing it raised."""
@@ -175,11 +182,8 @@ class Fetched:
             try:
                 return self.cache.open(self._files[name])
             except FileNotFoundError:
-                self.expect([name])
-            with self._lock:
-                coming = self._coming.get(name)
-            if coming is not None:
-                coming.result()
+                for coming in self.expect([name]).values():
+                    coming.result()
 
     def home(self, name: str) -> Path:
         """Where a file lies once it is here."""
