@@ -8,7 +8,8 @@ and KL with the reconstruction and with zeros in place, explained variance in bo
 cosine, norms, bias, L0, L1, densities and the weights' norms and cosines. SAELens is given every one of
 these tokens for both of its passes; ours measures what it has beyond that as well (the mean ablation,
 nearest rows of the weights, coherence, sparsity of logits, intervals), and tokenises. Only the measuring
-is timed, no loading.
+is timed, no loading. SAELens has the model as transformers loads it; `--same-attention` times it also on
+the model as unbraid loads it, which for GPT-Neo attends in one kernel.
 
 The autoencoder is as training starts, scaled on the model's own activations; speed does not depend on
 how good it is. In a turn every contender does the same work, the order changes from turn to turn, the
@@ -107,6 +108,9 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--model", default="tinystories-chat-3m", help="of the shared models")
     parser.add_argument("--full", type=int, default=0, help="tokens of one whole evaluation, timed alone")
+    parser.add_argument(
+        "--same-attention", action="store_true", help="SAELens on the model as unbraid loads it, too"
+    )
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
     parser.add_argument("--out", type=Path, help="file for the result as JSON")
     given = parser.parse_args()
@@ -123,22 +127,26 @@ def main() -> None:
         from sae_lens.evals import get_eval_everything_config, run_evals
         from sae_lens.training.activation_scaler import ActivationScaler
 
-        # Its wrapper leaves hooks on the model, which ours must not run through.
-        theirs, hook = peer(lm, sae, given.layer)
+        sites = {"saelens": peer(lm, sae, given.layer, loaded(given.model))}
+        if given.same_attention:
+            sites["saelens_our_attention"] = peer(lm, sae, given.layer, subjects.another(lm).model)
         batches = -(-len(windows) // SEQUENCES)
         config = get_eval_everything_config(SEQUENCES, batches, batches)
 
-        def saelens() -> None:
+        def saelens(name: str) -> None:
             store: Any = Given(windows)
-            last["saelens"] = run_evals(theirs, store, hook, ActivationScaler(), config)
+            theirs, model = sites[name]
+            last[name] = run_evals(theirs, store, model, ActivationScaler(), config)
 
         def ours() -> None:
             last["unbraid"] = evaluate(sae, lm, documents, context=CONTEXT)
 
-        jobs = {"unbraid": lambda: timed(ours), "saelens": lambda: timed(saelens)}
+        jobs = {"unbraid": lambda: timed(ours)}
+        jobs |= {name: lambda name=name: timed(lambda: saelens(name)) for name in sites}
         taken = turns(jobs, given.rounds)
         found.rates("evaluate", windows.numel(), taken)
-        found.ratio("evaluate_vs_saelens", taken["saelens"], taken["unbraid"])
+        for name in sites:
+            found.ratio(f"evaluate_vs_{name}", taken[name], taken["unbraid"])
         for name, (group, theirs_name) in BOTH.items():
             found.row(f"{name}_unbraid", last["unbraid"].metrics[name].value, "value")
             found.row(f"{name}_saelens", last["saelens"][0][group][theirs_name], "value")
@@ -153,27 +161,27 @@ def main() -> None:
         given.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def peer(lm: LanguageModel, sae: SAE, layer: int) -> tuple[Any, Any]:
-    """The same autoencoder as SAELens loads it, and its wrapper of the same model."""
+def loaded(name: str) -> Any:
+    """The model as transformers loads it."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(subjects.SHARED / "models" / name).eval()
+
+
+def peer(lm: LanguageModel, sae: SAE, layer: int, model: Any) -> tuple[Any, Any]:
+    """The same autoencoder as SAELens loads it, its wrapper of a model hooked at a layer.
+
+    The wrapper leaves hooks on the model, which ours must not run through.
+    """
     import sae_lens
+    from sae_lens.load_model import HookedProxyLM
 
     with tempfile.TemporaryDirectory() as folder:
         sae.save_pretrained(folder)
         theirs = sae_lens.SAE.load_from_disk(folder)
-    another = subjects.another(lm)
-    path = next(
-        name for name, module in another.model.named_modules() if module is another.layout.layers[layer]
-    )
-    model, hook = proxy_of(another, path)
-    theirs.cfg.metadata.hook_name = hook
-    return theirs, model
-
-
-def proxy_of(lm: LanguageModel, path: str) -> tuple[Any, str]:
-    """SAELens's wrapper of a Hugging Face model, hooked at one module."""
-    from sae_lens.load_model import HookedProxyLM
-
-    return HookedProxyLM(lm.model, lm.tokenizer, hook_names=[path]), path
+    path = next(name for name, module in lm.model.named_modules() if module is lm.layout.layers[layer])
+    theirs.cfg.metadata.hook_name = path
+    return theirs, HookedProxyLM(model, lm.tokenizer, hook_names=[path])
 
 
 def full(found: Result, lm: LanguageModel, sae: SAE, tokens: int) -> None:

@@ -52,6 +52,14 @@ _QWEN_EXPERTS = {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 24}
 
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "GPT-2": ("GPT2LMHeadModel", "GPT2Config", _SHORT),
+    "GPT-Neo": (
+        "GPTNeoForCausalLM",
+        "GPTNeoConfig",
+        {
+            **{**_SIZES, **_ENDS, "num_layers": LAYERS, "num_heads": HEADS, "max_position_embeddings": 64},
+            **{"attention_types": [[["global", "local", "global"], 1]], "window_size": 4},
+        },
+    ),
     "GPT-NeoX, Pythia": ("GPTNeoXForCausalLM", "GPTNeoXConfig", _PLAIN),
     "GPT-NeoX, not parallel": (
         "GPTNeoXForCausalLM",

@@ -30,8 +30,8 @@ DEFINITIONS: Mapping[str, Definition] = {
         "lower",
     ),
 }
-SIDE = 4096
-"""Rows and columns of the cosines that exist at the same time (64 MB)."""
+SIDE = 512
+"""Rows and columns of the cosines that exist at the same time: 1 MB stays near a processor."""
 
 
 @torch.no_grad()

@@ -107,8 +107,12 @@ class Contexts:
     def coherence(self, batches: Sequence[Batch], seed: int) -> NDArray[np.float64]:
         """Of every latent that fires in enough documents, how alike its contexts are above chance: (n,)."""
         counts: Counter[int] = Counter()
-        for batch in batches:
-            counts.update(batch.input_ids[batch.attention_mask.bool()].tolist())
+        # (B, T) each: ids with −1 for padding, and which tokens are chosen.
+        read = [
+            (b.input_ids.masked_fill(~b.attention_mask.bool(), -1).numpy(), b.chosen.numpy()) for b in batches
+        ]
+        for ids, _ in read:
+            counts.update(ids[ids >= 0].tolist())
         tokens = counts.total()
         weights = {token: float(np.log(tokens / count)) for token, count in counts.items()}
         found: list[float] = []
@@ -119,19 +123,17 @@ class Contexts:
             elsewhere: list[frozenset[int]] = []
             for unit in sorted(best):
                 firing = best[unit]
-                batch = batches[firing.batch]
-                columns = batch.chosen[firing.row].nonzero().flatten()
+                ids, chosen = (part[firing.row] for part in read[firing.batch])
+                columns = np.flatnonzero(chosen)
                 at = np.random.default_rng([seed, int(latent), unit]).integers(len(columns))
-                here.append(_context(batch, firing.row, firing.column))
-                elsewhere.append(_context(batch, firing.row, int(columns[at])))
+                here.append(_context(ids, firing.column))
+                elsewhere.append(_context(ids, int(columns[at])))
             found.append(alike(here, weights) - alike(elsewhere, weights))
         return np.array(found)
 
 
-def _context(batch: Batch, row: int, column: int) -> frozenset[int]:
-    start = max(0, column - BEFORE)
-    ids, real = batch.input_ids[row, start : column + 1], batch.attention_mask[row, start : column + 1]
-    return frozenset(ids[real.bool()].tolist())
+def _context(ids: NDArray[np.int64], column: int) -> frozenset[int]:
+    return frozenset(ids[max(0, column - BEFORE) : column + 1].tolist()) - {-1}
 
 
 def alike(contexts: Sequence[frozenset[int]], weights: Mapping[int, float]) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from unbraid.manifest.errors import IntegrityError, UserError
 from unbraid.model.families import discover
+from unbraid.model.fused import fuse
 from unbraid.model.layout import Layout
 
 Message = Mapping[str, str]
@@ -270,6 +271,7 @@ def wrap_model(model: nn.Module, tokenizer: Any, *, name: str, id: str | None = 
     model that reads images has no tokenizer (None).
     """
     model.eval().requires_grad_(False)
+    fuse(model)
     if tokenizer is not None:
         tokenizer.padding_side = "left"
     if id is None:
