@@ -1,7 +1,8 @@
 """SAEBench's own core numbers beside ours, from the same autoencoder and the same tokens.
 
     pip install --no-deps --target PEER sae-bench==0.6.0 sae-probes collectibles beartype jaxtyping \
-        wadler-lindig einops tabulate seaborn matplotlib contourpy cycler kiwisolver fonttools pyparsing pillow
+        wadler-lindig einops tabulate seaborn matplotlib contourpy cycler kiwisolver fonttools \
+        pyparsing pillow
     PYTHONPATH=PEER python benchmarks/saebench.py
 
 SAEBench pins a numpy that unbraid does not run with and asks for packages that its core metrics never use,
@@ -17,8 +18,8 @@ from typing import Any
 
 import subjects
 import torch
-from evaluation import CONTEXT, SEQUENCES, Given, loaded, start, windows_of
 
+from evaluation import CONTEXT, SEQUENCES, Given, loaded, start, windows_of
 from unbraid.evaluation.evaluate import evaluate
 from unbraid.model.sites import Site
 from unbraid.sae.base import SAE

@@ -17,8 +17,8 @@ from unbraid.evaluation import loops
 from unbraid.model.tail import Tail
 from unbraid.sae.kernels import cpu
 
-CHUNK = 64
-"""Tokens whose logits exist at the same time in a thread."""
+LOGITS = 16 << 20
+"""Bytes of one state's logits that exist at the same time in a thread: enough rows to multiply well."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +43,10 @@ def score(tail: Tail, clean: Tensor, targets: Tensor, others: Mapping[str, State
     result has `ce_clean`, and `ce_<name>`, `kl_<name>` of each replacement.
     """
 
+    size = min(max(LOGITS // (4 * int(tail.lm.config.vocab_size)), 16), 512)
+
     def chunk(start: int) -> dict[str, Tensor]:
-        part = slice(start, start + CHUNK)
+        part = slice(start, start + size)
         now = tail.logits(clean[part])
         found = {}
         news = []
@@ -58,7 +60,7 @@ def score(tail: Tail, clean: Tensor, targets: Tensor, others: Mapping[str, State
             found[f"ce_{name}"], found[f"kl_{name}"] = its_ce, its_kl
         return found
 
-    parts = cpu.side_by_side(torch.no_grad()(chunk), range(0, len(targets), CHUNK))
+    parts = cpu.side_by_side(torch.no_grad()(chunk), range(0, len(targets), size))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
