@@ -6,11 +6,11 @@
 
 The world is SAELens's own `SyntheticModel`: features in superposition that fire by Zipf's law, correlated, in
 a hierarchy. Its samples go to disk as a capture; `unbraid.training` trains on it, and SAELens's `SAETrainer`
-is fed the very same batches in the same order. Each architecture of each tool has the learning rate, out of
-the same few ascending ones, up to which explained variance gets better with the first seed: what one can go
-by who does not know the features. The weights of L1 and L0 terms are searched for at every rate until as many
-latents fire as features do; these architectures begin at the rate of the tool's TopK. Everything is judged by
-SAELens's own evaluation, on samples none has seen:
+is fed the very same batches in the same order. An architecture has one learning rate for both tools, out of
+the same few: that with which the first seed's explained variance, the mean of both, is best: what one can go
+by who does not know the features. The weights of L1 and L0 terms are searched for at every rate, for each
+tool, until as many latents fire as features do. Everything is judged by SAELens's own evaluation, on samples
+none has seen:
 
 MCC: mean |cosine| of the best one-to-one matching of decoder rows and features. F1: of each latent as a
 detector of the feature closest to it. EV: explained variance.
@@ -279,18 +279,25 @@ class Bench:
 
         return self.once(f"tool={tool} untrained seed={seed}", work)
 
-    def chosen(self, tool: str, arch: str, rates: list[float]) -> tuple[float, float]:
-        """The rate, out of these ascending ones, and the weight with which the first seed's EV is best at the
-        wanted L0: rates are tried as long as it gets better."""
-        best, found, weight = -math.inf, (rates[0], 1.0), 1.0
+    def chosen(self, arch: str, rates: list[float]) -> dict[str, tuple[float, float]]:
+        """For each tool the rate, the same one, and the weight with which the first seed's EV, the mean over
+        tools, is best at the wanted L0."""
+        best, found = -math.inf, dict[str, tuple[float, float]]()
+        tools = [tool for tool in TOOLS if (tool, arch) != ("saelens", "lista")]
+        weights = dict.fromkeys(tools, 1.0)
         for lr in rates:
-            weight, row = self.tuned(tool, arch, lr, weight)
-            if arch not in FIXED and self.off(row) > MARGIN:
-                weight = 1.0  # no weight does it at this rate
-            elif row["ev"] <= best:
-                break
+            rows = dict[str, dict[str, float]]()
+            for tool in tools:
+                weights[tool], rows[tool] = self.tuned(tool, arch, lr, weights[tool])
+                if arch not in FIXED and self.off(rows[tool]) > MARGIN:
+                    weights[tool] = 1.0  # no weight does it at this rate
+                    break
             else:
-                best, found = row["ev"], (lr, weight)
+                ev = sum(row["ev"] for row in rows.values()) / len(rows)
+                if ev > best:
+                    best, found = ev, {tool: (lr, weights[tool]) for tool in tools}
+        if not found:
+            raise SystemExit(f"{arch}: at no rate do as many latents of both tools fire as features do")
         return found
 
     def off(self, row: dict[str, float]) -> float:
@@ -344,12 +351,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(given, Path(folder))
         rates = sorted(given.lr)
-        for tool in TOOLS:
-            start = bench.chosen(tool, "topk", rates)[0]
-            for arch in given.arch:
-                if (tool, arch) != ("saelens", "lista"):
-                    from_ = rates if arch in FIXED else [lr for lr in rates if lr >= start]
-                    chosen[tool, arch] = bench.chosen(tool, arch, from_)
+        for arch in given.arch:
+            for tool, its in bench.chosen(arch, rates).items():
+                chosen[tool, arch] = its
         for seed in given.seeds:
             for tool in TOOLS:
                 found.setdefault((tool, "untrained"), []).append(bench.untrained(tool, seed))
