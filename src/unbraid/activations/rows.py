@@ -5,12 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from unbraid.activations.loops import round_rows
+
 Stored = Literal["float16", "float32", "int8"]
 """How activations are stored. int8: every row divided by its own largest absolute value / 127 and rounded."""
-LEAST = 1e-30
+ALONE = 32_768
+"""Numbers that torch converts with one thread: more would be split among its threads, which then wait for the
+next ones by spinning, on the processors that hash and write."""
+LEAST = np.float32(1e-30)
 """The least scale: a row of zeros has one, too."""
 
 
@@ -32,19 +38,23 @@ class Rows:
     def __len__(self) -> int:
         return len(self.values)
 
-    def put(self, start: int, x: Tensor) -> float:
+    def put(self, start: int, x: Tensor, sums: Tensor | None = None) -> tuple[float, float]:
         """Store x (m, d), floats that the stored type can hold, from row `start` on.
 
-        Returns Σ of squares of what rounding to int8 changed, 0 for floats.
+        Returns Σ of squares of what rounding to int8 changed and of x, both 0 for floats; adds Σ x to sums
+        (d,) float64, where given and rounded.
         """
         here = slice(start, start + len(x))
         if self.scale is None:
-            self.values[here] = x
-            return 0.0
-        scale = (x.abs().amax(dim=1).float() / 127).clamp_(min=LEAST)
-        rounded = (x / scale[:, None]).round_()
-        self.values[here], self.scale[here] = rounded, scale
-        return float(rounded.mul_(scale[:, None]).sub_(x).norm()) ** 2
+            step = max(1, ALONE // x.shape[1])
+            for at in range(0, len(x), step):
+                self.values[start + at : start + min(at + step, len(x))] = x[at : at + step]
+            return 0.0, 0.0
+        total = torch.zeros(x.shape[1], dtype=torch.float64) if sums is None else sums
+        return round_rows(
+            x.float().cpu().contiguous().numpy(), LEAST, self.values[here].numpy(), self.scale[here].numpy(),
+            total.numpy(),
+        )  # fmt: skip
 
     def take(self, order: Tensor | None = None) -> Tensor:
         """Rows of these numbers, or all: (m, d) in the stored type, in float32 where that is int8."""

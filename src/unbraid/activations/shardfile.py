@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -81,12 +82,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
     head = len(text).to_bytes(8, "little") + text
     pieces = [memoryview(head), *(memory(tensor) for _, tensor in ordered)]
     digest = blake3()
-    with path.open("wb", buffering=0) as file:
+    # Hashing takes as long as writing to the system's cache; neither holds the interpreter's lock.
+    with ThreadPoolExecutor(1, "unbraid-hash") as beside, path.open("wb", buffering=0) as file:
+        hashed = [beside.submit(digest.update, piece) for piece in pieces]
         for piece in pieces:
-            digest.update(piece)
             written = 0
             while written < len(piece):
                 written += file.write(piece[written : written + WRITE])
+        for part in hashed:
+            part.result()
     return len(head) + end, digest.hexdigest()
 
 

@@ -34,7 +34,7 @@ COLUMNS = ("tokens", "documents", "positions")
 SCALE = ".scale"
 """What is added to a site's name for the scales of its rows, (n,) float32."""
 PIECE = 512
-"""Rows rounded to int8 at a time: they stay in a processor's cache."""
+"""Rows that are taken back from int8 at a time."""
 
 
 def shard_name(index: int) -> str:
@@ -74,14 +74,9 @@ class _Shard:
         for name, column in self._columns.items():
             column[self.filled : self.filled + n] = columns[name][start : start + n]
         for site, rows in self._sites.items():
-            x = values[site][start : start + n]
-            if not self.rounded:
-                rows.put(self.filled, x)
-                continue
-            for begin in range(0, n, PIECE):
-                piece = x[begin : begin + PIECE].float()
-                self._lost[site] += rows.put(self.filled + begin, piece)
-                self._count(site, piece)
+            lost, squares = rows.put(self.filled, values[site][start : start + n], self._sums[site])
+            self._lost[site] += lost
+            self._squares[site] += squares
         self.filled += n
         return n
 
@@ -93,7 +88,9 @@ class _Shard:
         for site, (lost, _) in (record["error"] or {}).items():
             self._lost[site] = lost
             for places in torch.arange(self.filled).split(PIECE):
-                self._count(site, self._sites[site].take(places))
+                x = self._sites[site].take(places)
+                self._squares[site] += float(x.norm()) ** 2
+                self._sums[site] += x.sum(dim=0).double()
 
     def tensors(self) -> dict[str, Tensor]:
         """What was taken, by name."""
@@ -109,10 +106,6 @@ class _Shard:
     def _all(self) -> dict[str, Tensor]:
         scales = {site + SCALE: rows.scale for site, rows in self._sites.items() if rows.scale is not None}
         return {site: rows.values for site, rows in self._sites.items()} | scales | self._columns
-
-    def _count(self, site: str, x: Tensor) -> None:
-        self._squares[site] += float(x.norm()) ** 2
-        self._sums[site] += x.sum(dim=0).double()
 
 
 def read_finished(folder: Path) -> list[dict[str, Any]]:
