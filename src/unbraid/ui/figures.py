@@ -95,7 +95,8 @@ def scatter_map(points: Sequence[Mapping[str, Any]], key: str) -> Markup:
     size = 560
     marks = [
         Markup(
-            '<a href="/i/{}/latents/{}"><circle class="spot c{}" cx="{:.1f}" cy="{:.1f}" r="{}" data-v="{}"/></a>'
+            '<a href="/i/{}/latents/{}"><circle class="spot c{}" cx="{:.1f}" cy="{:.1f}" r="{}" data-v="{}"/>'
+            "</a>"
         ).format(
             key,
             p["latent"],

@@ -61,7 +61,7 @@ class Access:
             raise UserError(f"the token has {len(token)} characters; choose one of {SHORTEST_TOKEN} or more")
         if not is_loopback(host) and not token:
             raise UserError(
-                f"others can reach {host}; give --token (or set UNBRAID_TOKEN), which everybody then has to know"
+                f"others can reach {host}; give --token (or set UNBRAID_TOKEN), which all have to know"
             )
         return cls((*LOOPBACK, host.lower(), *(n.lower() for n in names)), token, not is_loopback(host), body)
 
@@ -97,6 +97,8 @@ class Guarded:
 
         async def with_headers(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
+                if body.too_large:  # whoever read it only knows that it could not
+                    message["status"] = 413
                 there = {key.lower() for key, _ in message["headers"]}
                 more = HEADERS | ({} if b"cache-control" in there else {"cache-control": "no-store"})
                 message["headers"] = [
@@ -105,13 +107,14 @@ class Guarded:
                 ]
             await send(message)
 
+        body = _Body(receive, self.access.body)
         refusal = self._refusal(scope, headers)
         if refusal is not None:
             await _refuse(
                 with_headers, *refusal, login=refusal[0] == 401 and "text/html" in headers.get("accept", "")
             )
             return
-        await self.app(scope, _bounded(receive, self.access.body), with_headers)
+        await self.app(scope, body, with_headers)
 
     def _refusal(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str] | None:
         host = _name(headers.get("host", ""))
@@ -184,18 +187,21 @@ class TooLargeError(UserError):
     """A body went on beyond the limit; the answer is a 413."""
 
 
-def _bounded(receive: Receive, most: int) -> Receive:
-    seen = 0
+class _Body:
+    """A request's body, which ends in an error when it goes on beyond the limit."""
 
-    async def take() -> MutableMapping[str, Any]:
-        nonlocal seen
-        message = await receive()
-        seen += len(message.get("body", b""))
-        if seen > most:
-            raise TooLargeError(f"a request may have {most:,} bytes")
+    def __init__(self, receive: Receive, most: int) -> None:
+        self.receive = receive
+        self.left = most
+        self.too_large = False
+
+    async def __call__(self) -> MutableMapping[str, Any]:
+        message = await self.receive()
+        self.left -= len(message.get("body", b""))
+        if self.left < 0:
+            self.too_large = True
+            raise TooLargeError("the request is larger than this server takes")
         return message
-
-    return take
 
 
 async def _refuse(send: Send, status: int, reason: str, *, login: bool) -> None:
