@@ -42,6 +42,9 @@ VERBS: dict[str, Verb] = {
     "index": Verb("unbraid.cli.index", "say what every latent does over a corpus"),
     "find": Verb("unbraid.cli.find", "find the latents that separate two sets of documents"),
     "validate": Verb("unbraid.cli.validate", "edit latents and measure what that changes, beside controls"),
+    "browse": Verb(
+        "unbraid.cli.browse", "look at indexes, findings and labels in a browser; try text, steer"
+    ),
     "convert": Verb(
         "unbraid.cli.convert", "bring another tool's autoencoder in, or take one to another tool"
     ),

@@ -15,9 +15,9 @@ from unbraid.sae.base import SAE
 from unbraid.sae.formats.detect import detect
 
 
-def open_sae(folder: Path, lm: LanguageModel) -> tuple[SAE, str]:
+def open_sae(folder: Path, lm: LanguageModel | None) -> tuple[SAE, str]:
     """The autoencoder and its content id: its manifest's, or its weights' hash where it comes without
-    one.
+    one.  Without a model nobody asks whether it fits.
 
     Raises IntegrityError when its files do not match its manifest and UserError when it was trained on
     another model or with another tokenizer.
@@ -27,12 +27,12 @@ def open_sae(folder: Path, lm: LanguageModel) -> tuple[SAE, str]:
     place = source.weights.parent
     manifest = check_files(place) if (place / MANIFEST).is_file() else None
     identity = manifest.id if manifest else sha256_file(source.weights)
-    if sae.config.model_id and sae.config.model_id != lm.id:
+    if lm is not None and sae.config.model_id and sae.config.model_id != lm.id:
         raise UserError(
             f"the SAE in {folder} was trained on weights {sae.config.model_id[:12]}… but model {lm.name} has "
             f"{lm.id[:12]}…; name the model that it was trained on"
         )
-    if manifest and (tokenizer := manifest.facts.get("tokenizer_id")):
+    if lm is not None and manifest and (tokenizer := manifest.facts.get("tokenizer_id")):
         require_tokenizer(lm, tokenizer, place)
     return sae, identity
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from unbraid.stats.bootstrap import Interval
 from unbraid.ui.charts import Bar, Point, Series, bars, line_chart
@@ -20,8 +20,16 @@ def densities(bins: Sequence[Mapping[str, Any]]) -> Markup:
     return bars(each, x_label="share of tokens on which it fires", y_label="latents", style=2)
 
 
-def histogram(counts: Sequence[int], low: float, high: float, label: str, *, style: int = 2) -> Markup:
-    """Counts in bins of equal width from `low` to `high`; empty bins at the end are left out.
+def histogram(
+    counts: Sequence[int],
+    low: float,
+    high: float,
+    label: str,
+    *,
+    style: int = 2,
+    names: Sequence[str] = (),
+) -> Markup:
+    """Counts in bins of equal width from `low` to `high`, or in bins with names; not the empty last ones.
 
     Heights are square roots, so that a bin with a single count can be seen beside one with thousands.
     """
@@ -30,30 +38,35 @@ def histogram(counts: Sequence[int], low: float, high: float, label: str, *, sty
         return Markup("")
     width = (high - low) / len(counts)
     counts = counts[: filled[-1] + 1]
-    top = max(counts)
-    step = WIDTH / len(counts)
+    edges = [low + i * width for i in range(len(counts) + 1)]
+    bins = names or [f"{number(edges[i])} to {number(edges[i + 1])}" for i in range(len(counts))]
+    ends = (bins[0], bins[len(counts) - 1]) if names else (number(low), number(edges[-1]))
+    step, floor = WIDTH / len(counts), HEIGHT - 18
     parts: list[Markup] = []
     for i, count in enumerate(counts):
-        if not count:
-            continue
-        height = max((count / top) ** 0.5 * (HEIGHT - 22), 1.5)
-        said = f"{number(low + i * width)} to {number(low + (i + 1) * width)}: {count:,}"
-        parts.append(
-            Markup(
-                '<rect class="column" data-v="{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>'
-            ).format(said, i * step, HEIGHT - 18 - height, max(step - 0.8, 0.6), height)
-        )
-    ends = Markup('<text x="0" y="{}">{}</text><text x="{}" y="{}" text-anchor="end">{}</text>').format(
-        HEIGHT - 4, number(low), WIDTH, HEIGHT - 4, number(low + len(counts) * width)
-    )
-    if low < 0 < low + len(counts) * width:
+        if count:
+            height = max((count / max(counts)) ** 0.5 * (floor - 4), 1.5)
+            parts.append(
+                Markup(
+                    '<rect class="column" data-v="{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>'
+                ).format(f"{bins[i]}: {count:,}", i * step, floor - height, max(step - 0.8, 0.6), height)
+            )
+    if not names and low < 0 < edges[-1]:
         zero = -low / width * step
-        ends += Markup('<line class="mark" x1="{:.1f}" y1="0" x2="{:.1f}" y2="{}"/>').format(
-            zero, zero, HEIGHT - 18
+        parts.append(
+            Markup('<line class="mark" x1="{:.1f}" y1="0" x2="{:.1f}" y2="{}"/>').format(zero, zero, floor)
         )
     return Markup(
-        '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}"><g class="s{}">{}</g>{}</svg>'
-    ).format(WIDTH, HEIGHT, escape(label), style, Markup("").join(parts), ends)
+        '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}"><g class="s{}">{}</g>'
+        '<text x="0" y="{}">{}</text><text x="{}" y="{}" text-anchor="end">{}</text></svg>'
+    ).format(
+        WIDTH, HEIGHT, label, style, Markup("").join(parts), HEIGHT - 4, ends[0], WIDTH, HEIGHT - 4, ends[1]
+    )
+
+
+def octaves(count: int) -> list[str]:
+    """Names of bins each twice as wide as the one before: 0, 1, 2 – 3, 4 – 7 …"""
+    return ["0", "1", *(f"{2**i} – {2 ** (i + 1) - 1}" for i in range(1, count - 1))][:count]
 
 
 def dose_response(finding: Mapping[str, Any], quantity: str, label: str) -> Markup:

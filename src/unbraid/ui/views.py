@@ -47,7 +47,7 @@ def about(source: Source) -> dict[str, Any]:
         "sae_id": source.sae_id,
         "latents": source.index.d_sae,
         "tokens": source.index.n_tokens,
-        "documents": int(manifest.facts["documents"]),
+        "documents": manifest.facts.get("documents"),
         "url": f"/i/{source.key}",
     }
 
@@ -113,8 +113,8 @@ def latents_table(source: Source, *, sort: str, where: Mapping[str, Any], page: 
         conditions.append("len(list_filter(w.promoted, t -> contains(lower(t), lower(?)))) > 0")
         values.append(str(token))
     if status := where.get("status"):
-        named = [j for j, label in source.labels.current().items() if label.status == status]
-        conditions.append(f"l.latent IN ({','.join(map(str, named)) or 'NULL'})")
+        chosen = [j for j, label in source.labels.current().items() if label.status == status]
+        conditions.append(f"l.latent IN ({','.join(map(str, chosen)) or 'NULL'})")
     way = "DESC" if sort.startswith("-") else "ASC"
     joined = "latents l JOIN weights w USING (latent)" if token else "latents l"
     filtered = f"FROM {joined} WHERE {' AND '.join(conditions)}"
