@@ -150,7 +150,9 @@ def _bin(value: np.float32, exponent: int) -> int:
 
 
 @_compiled
-def _put(slots: Slots, j: int, s: int, key: np.uint64, value: np.float32, passage: int, position: int) -> None:
+def _put(
+    slots: Slots, j: int, s: int, key: np.uint64, value: np.float32, passage: int, position: int
+) -> None:
     slots.key[j, s], slots.value[j, s] = key, value
     slots.passage[j, s], slots.position[j, s] = passage, position
 
@@ -356,7 +358,9 @@ def take_in(
 
             key = mix(rows.key[r] ^ np.uint64(j))
             if key >= latest:
-                s = _offer_sample(sample, j, 0, sample.key.shape[1], key, v, rows.passage[r], rows.position[r])
+                s = _offer_sample(
+                    sample, j, 0, sample.key.shape[1], key, v, rows.passage[r], rows.position[r]
+                )
                 if s >= 0:
                     _surround(rows, row, value, i, a, b, sample.around[j, s])
                     latest = _latest(sample, j, 0, sample.key.shape[1])
@@ -373,9 +377,7 @@ def take_in(
             if i + 1 == b or rows.passage[row[i + 1]] != rows.passage[r]:
                 p = row[peak]
                 if value[peak] >= weakest:
-                    s = _offer_best(
-                        best, j, rows.context[p], value[peak], rows.passage[p], rows.position[p]
-                    )
+                    s = _offer_best(best, j, rows.context[p], value[peak], rows.passage[p], rows.position[p])
                     if s >= 0:
                         _surround(rows, row, value, peak, a, b, best.around[j, s])
                         weakest = _weakest(best, j)
