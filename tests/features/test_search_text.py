@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sqlite3
 from pathlib import Path
 
@@ -10,26 +9,42 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unbraid.activations.documents import Document
-from unbraid.features.index import IndexConfig, build_index
-from unbraid.features.page import Example, Index
+from unbraid.features import search_text
+from unbraid.features.labels.store import Labels
+from unbraid.features.page import Index
 from unbraid.features.search import Search
-from unbraid.features.search_text import TextIndex, Texts, build, spaced, terms, text_path, word_at
+from unbraid.features.search_text import spaced, terms, text_path, word_at
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.record import check_files
-from unbraid.model.load import LanguageModel
-from unbraid.sae.base import SAE
+
+from .handmade import Made, handmade
+
+PASSAGES = [
+    ["I", " want", " a", " ref", "und", " for", " my", " red", " ball"],
+    ["the", " ref", "unds", " are", " late", " and", " the", " red", " pan", " is", " hot"],
+    ["one", " ref", "und", " a", " day", ",", " red", " NEAR", " OR", " AND", " col", ":", "x"],
+    ["<script>", "alert", "('", "x", "')", "</script>", " Zoë", "'s", " café"],
+    ["日本", "語の", "文章", "です"],
+    ["two", " ref", "und", " or", " one"],
+]
+# Where each latent fires; the strongest first.
+LATENTS = [
+    Made([(0, 4, 5.0), (1, 2, 4.0), (2, 2, 3.0)], promoted=[" money"]),  # 0: refund, refunds, refund
+    Made([(0, 3, 5.0), (0, 4, 4.0), (2, 2, 3.0), (5, 1, 2.0)], promoted=[" red"]),  # 1: refund, thrice
+    Made([(0, 7, 2.0), (1, 1, 1.0)]),  # 2: red, and once a refund
+    Made([(1, 7, 9.0), (2, 6, 3.0), (0, 7, 1.0)]),  # 3: always red
+    Made([(3, 1, 1.0)]),  # 4: in a script
+    Made([(3, 8, 1.0)]),  # 5: café
+    Made([(4, 2, 1.0)]),  # 6: unspaced
+    Made([], promoted=[" refund"]),  # 7: dead, yet it promotes something
+    Made(),  # 8: says nothing
+    Made([(2, 9, 1.0), (2, 10, 0.5)]),  # 9: AND
+]
 
 
 @pytest.fixture(scope="module")
-def index(
-    sae: SAE, lm: LanguageModel, documents: list[Document], tmp_path_factory: pytest.TempPathFactory
-) -> Index:
-    strange = [
-        Document.of_text('<script>alert("x")</script> NEAR OR AND col:value', id="hostile"),
-    ]
-    out = tmp_path_factory.mktemp("search") / "index"
-    return build_index(sae, lm, [*documents, *strange], IndexConfig(context=64), out, sae_id="an autoencoder")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    return handmade(tmp_path_factory.mktemp("search") / "index", PASSAGES, LATENTS)
 
 
 @pytest.fixture(scope="module")
@@ -37,117 +52,124 @@ def search(index: Index) -> Search:
     return Search(index)
 
 
-def _shown(index: Index, latent: int) -> list[str]:
-    return ["".join(example.tokens) for example in index.latent(latent).top]
+def found(search: Search, query: str, limit: int = 100) -> list[tuple[int, float]]:
+    return [(hit.latent, hit.score) for hit in search.text(query, limit)]
 
 
-def test_a_word_finds_the_latents_in_whose_examples_it_stands(index: Index, search: Search) -> None:
-    for word in ("package", "tablets"):
-        hits = search.text(word, limit=500)
-        assert hits and len({hit.latent for hit in hits}) == len(hits)
-        for hit in hits:
-            page = index.latent(hit.latent)
-            everything = " ".join([*_shown(index, hit.latent), *(effect.token for effect in page.promoted)])
-            assert word in everything
+def latents(search: Search, query: str) -> list[int]:
+    return [latent for latent, _ in found(search, query)]
 
 
-def test_what_a_latent_fires_on_comes_first_then_who_fires_more(index: Index, search: Search) -> None:
-    hits = search.text("red", limit=500)
-    scores = [hit.score for hit in hits]
-    assert scores == sorted(scores, reverse=True) and set(scores) >= {1, 3}
-    for score in set(scores):
-        counts = [index.latent(hit.latent).count for hit in hits if hit.score == score]
-        assert counts == sorted(counts, reverse=True)
-    assert next(hit.why for hit in hits if hit.score == 3) == "fires on it"
-    for hit in hits:
-        if hit.score >= 3:
-            peaks = [_word(example) for example in index.latent(hit.latent).top[:5]]
-            assert sum("red" in re.findall(r"\w+", word) for word in peaks) >= (3 if hit.score == 4 else 1)
+def test_places_rank_first_and_firings_within_them(search: Search) -> None:
+    # 1 fires on "refund" in three different passages, 0 in two.
+    assert found(search, "refund") == [(1, 4), (0, 3), (7, 2), (3, 1), (2, 1), (9, 1)]
+    assert found(search, "red") == [(3, 4), (2, 3), (1, 2), (0, 1), (9, 1)]
+    assert [hit.why for hit in search.text("red", 4)] == [
+        "fires mostly on it", "fires on it", "promotes it", "stands in its examples",
+    ]  # fmt: skip
+    assert found(search, "red", 2) == [(3, 4), (2, 3)] and found(search, "red", 0) == []
+    assert latents(search, "nowhere") == []
 
 
-def _word(example: Example) -> str:
-    at = example.position - example.start
-    return word_at("".join(example.tokens[:at]), example.tokens[at], "".join(example.tokens[at + 1 :]))
+def test_words_are_whole_although_tokens_are_pieces(search: Search) -> None:
+    assert latents(search, "ref") == latents(search, "und") == []
+    assert set(latents(search, "ref*")) == {0, 1, 2, 3, 7, 9}
+    assert word_at("the on", "ion", "s are") == "onions"
+    assert word_at("ends.", " The", "re is") == " There"
+    assert word_at("a", "!", "b") == "!" and word_at("", "", "") == ""
 
 
 def test_all_words_must_stand_there_and_phrases_together(search: Search) -> None:
-    both = {hit.latent for hit in search.text("tablets water", 500)}
-    one = {hit.latent for hit in search.text("tablets", 500)}
-    phrase = {hit.latent for hit in search.text('"tablets with water"', 500)}
-    assert phrase and phrase <= both <= one
-    assert search.text('"water with tablets"') == []
-    assert {h.latent for h in search.text("tabl*", 500)} >= one
-    assert search.text("tabl") == []
+    assert latents(search, "red ball") == [1, 0, 3, 2]
+    assert latents(search, '"red ball"') == [1, 0, 3, 2] and latents(search, '"ball red"') == []
+    assert latents(search, "pan ball") == [0, 3, 2] and latents(search, '"ball one"') == []
 
 
-def test_case_accents_and_scripts_without_spaces(
-    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Through what is written into the file: the tiny tokenizer has no token for any such character.
-    rows = [(0, spaced("Zoë's café"), "", "", ""), (1, "", "", "", spaced("a 日本語の文章です b"))]
-    monkeypatch.setattr(Texts, "rows", lambda *_: iter(rows))  # pyright: ignore[reportUnknownLambdaType]
-    build(index, tmp_path / "x.sqlite")
-    text = TextIndex(tmp_path / "x.sqlite")
+def test_no_phrase_reaches_from_one_example_into_the_next(index: Index, search: Search) -> None:
+    ends = [example.tokens[-1].strip() for example in index.latent(3).top]
+    begins = [example.tokens[0].strip() for example in index.latent(3).top]
+    assert latents(search, f'"{PASSAGES[1][-1]} {PASSAGES[2][0]}"') == [], (ends, begins)
 
-    def found(query: str) -> list[int]:
-        return [match.latent for match in text.search(query)]
 
-    assert found("CAFE") == found("café") == found("zoe") == [0]
-    assert found("文章") == found("本 文") == [1] and found("章文") == []
+def test_case_accents_and_scripts_without_spaces(search: Search) -> None:
+    assert latents(search, "CAFE") == latents(search, "café") == [5, 4]
+    assert latents(search, "文章") == latents(search, "本語") == [6] and latents(search, "章文") == []
     assert spaced("a日本b") == "a 日  本 b"
-
-
-HOSTILE = [
-    '"', "'", "*", "a*b*", "NEAR(", "{fires} : x", "-red", "^red", "red OR", "(", ")", "\0", "a\0b", "\ud800",
-    "'; DROP TABLE said; --", "%", "_", '""""', "red\0*", "ｆ" * 9999,
-    "red " * 1000, "\ue000", "+", ": :", "🙂",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("query", HOSTILE)
-def test_no_query_fails(search: Search, query: str) -> None:
-    search.text(query)
-    assert search.text("red")
-
-
-@settings(max_examples=300, deadline=None)
-@given(query=st.text(max_size=40) | st.text(alphabet='"*():^-+{} ANDORNT\0\ud800é日', max_size=40))
-def test_no_query_fails_whatever_it_is(search: Search, query: str) -> None:
-    for hit in search.text(query):
-        assert 0 <= hit.latent < search.index.d_sae
 
 
 def test_operators_are_words(search: Search) -> None:
     assert terms("red OR ball") == ['"red"', '"OR"', '"ball"']
     assert terms('a "b c" d*') == ['"a"', '"b c"', '"d*"*']
-    assert terms("***") == terms("") == terms('"') == []
-    hostile = {hit.latent for hit in search.text("near or and", 500)}
-    assert hostile and hostile >= {hit.latent for hit in search.text('"NEAR OR AND"', 500)}
+    assert terms("***") == terms("") == terms('"') == terms("_") == []
+    assert latents(search, "NEAR OR AND") == [1, 0, 3, 9]
+    assert latents(search, "<script>alert") == [4, 5]
+
+
+HOSTILE = [
+    '"', "'", "*", "a*b*", "NEAR(", "{fires} : x", "-red", "^red", "red OR", "(", ")", "\0", "a\0b", "\ud800",
+    "'; DROP TABLE said; --", "%", "_", '""""', "red\0*", "ｆ" * 9999,
+    "red " * 1000, "\ue000", "+", ": :", "🙂", "a* " * 500, '"' * 999, "fires:red", "said MATCH x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("query", HOSTILE)
+def test_no_query_fails_or_changes_anything(search: Search, query: str) -> None:
+    search.text(query)
+    assert latents(search, "red") == [3, 2, 1, 0, 9]
+
+
+@settings(max_examples=200, deadline=None)
+@given(query=st.text(max_size=40) | st.text(alphabet='"*():^-+{} ANDORNT\0\ud800é日', max_size=40))
+def test_no_query_fails_whatever_it_is(search: Search, query: str) -> None:
+    for hit in search.text(query):
+        assert 0 <= hit.latent < len(LATENTS)
+
+
+def test_a_common_word_beside_a_rare_one_is_not_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search_text, "COMMON_FROM", 0)
+    # Else the search would have to pass over nearly all latents.
+    passages = [["the", f" thing{n}"] for n in range(20)]
+    search = Search(handmade(tmp_path / "index", passages, [Made([(n, 1, 1.0)]) for n in range(20)]))
+    assert latents(search, "the thing7") == [7] and len(latents(search, "the")) == 20
+    assert latents(search, "thing7 the thing8") == []
+
+
+def test_labels_come_first_and_are_searched_as_they_stand_now(index: Index, tmp_path: Path) -> None:
+    labels = Labels(tmp_path / "labels.sqlite", "an autoencoder")
+    search = Search(index, labels)
+    assert latents(search, "red")[0] == 3
+    wrong = labels.propose(8, "red herrings", by="a", kind="manual")
+    good = labels.propose(5, "things that are red", by="a", kind="manual")
+    assert found(search, "red")[:3] == [(8, 5), (5, 5), (3, 4)]  # the shorter label fits better
+    assert search.text("red")[0].why == "label: red herrings"
+    labels.review(wrong.id, "rejected", by="b", why="it never fires")
+    assert latents(search, "red")[:2] == [5, 3] and found(search, "herrings") == []
+    newer = labels.propose(5, "colours", by="a", kind="manual")
+    labels.review(newer.id, "accepted", by="b")
+    assert 5 not in latents(search, "red") and found(search, "colours") == [(5, 5)]
+    assert good.text == "things that are red"
+    for query in HOSTILE:
+        search.text(query)
 
 
 def test_the_file_lies_beside_the_artifact_and_is_made_again(index: Index, search: Search) -> None:
-    before = search.text("red")
+    before = found(search, "red")
     path = text_path(index)
     assert path.is_file() and path.parent == index.folder.parent
     check_files(index.folder)
     with sqlite3.connect(path) as connection:
         connection.execute("UPDATE origin SET id = 'another'")
-    assert Search(index).text("red") == before
+    assert found(Search(index), "red") == before
     path.write_bytes(b"damaged")
-    assert Search(index).text("red") == before
+    assert found(Search(index), "red") == before
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(
     index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unbraid.features.search_text.text_path", lambda _: tmp_path / "file" / "x.sqlite")
+    monkeypatch.setattr("unbraid.features.search_text.text_path", lambda _: tmp_path / "file" / "x.sqlite")  # type: ignore[reportUnknownLambdaType]
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(UserError, match="make its folder writable"):
         Search(index).text("red")
-
-
-def test_the_word_at_a_token() -> None:
-    assert word_at("the on", "ion", "s are") == "onions"
-    assert word_at("ends.", " The", "re is") == " There"
-    assert word_at("a", "!", "b") == "!"
-    assert word_at("", "", "") == ""

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from unbraid.features.labels.store import Labels
 from unbraid.features.page import Index
 from unbraid.features.search_activation import Order, Reader
+from unbraid.features.search_labels import LabelText
 from unbraid.features.search_numbers import Condition, matching
 from unbraid.features.search_text import TextIndex
 from unbraid.manifest.errors import UserError
@@ -48,7 +50,7 @@ class Hit:
 class Search:
     """All ways to search one index; the labels of people are searched as well where they are given."""
 
-    def __init__(self, index: Index, labels: Any = None) -> None:
+    def __init__(self, index: Index, labels: Labels | None = None) -> None:
         self.index = index
         self.labels = labels
         self._reader: tuple[SAE, Reader] | None = None
@@ -66,11 +68,18 @@ class Search:
         in tokens that it promotes, 1 around its strongest firings; then the latent that fires more often
         comes first.  No query fails: what is no word is passed over.
         """
-        found = {
-            match.latent: Hit(match.latent, match.place, match.why)
-            for match in self.words.search(query, limit)
-        }
-        return list(found.values())[:limit]
+        found: dict[int, Hit] = {}
+        if self.labelled is not None:
+            for label in self.labelled.search(query, limit):
+                found[label.latent] = Hit(label.latent, 5, f"label: {label.text}")
+        for match in self.words.search(query, limit + len(found)):
+            found.setdefault(match.latent, Hit(match.latent, match.place, match.why))
+        return list(found.values())[: max(limit, 0)]
+
+    @cached_property
+    def labelled(self) -> LabelText | None:
+        """The words of the labels, where there are any."""
+        return None if self.labels is None else LabelText(self.labels)
 
     def activation(
         self, sae: SAE, lm: LanguageModel, text: str, limit: int = 20, *, order: Order = "surprise"

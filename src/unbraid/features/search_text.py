@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -26,6 +25,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from unbraid.features.page import Index
+from unbraid.features.tables import PLACES, Table
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.files import writing
 from unbraid.manifest.progress import Progress
@@ -35,14 +35,16 @@ EXAMPLES = 5
 """Strongest examples of a latent whose text can be searched."""
 REACH = 10
 """Tokens on either side of a firing whose text can be searched."""
-CHUNK = 8192
-"""Latents that are read from the index at a time."""
 MOSTLY = 3
 """Of these examples, so many have to fire on the same word for a latent to fire mostly on it."""
 CANDIDATES = 20_000
 """Latents that are compared in each place a word may stand in; of more, those with the lowest numbers."""
 COMMON = 1 / 8
 """Words that stand in the examples of more than this share of latents are not asked for beside rarer ones."""
+COMMON_FROM = 10_000
+"""Where fewer latents have it, no word is common: there is no time to be saved."""
+TOKENIZER = "unicode61 remove_diacritics 2"
+"""Of FTS5: words are runs of letters and digits, and café is cafe."""
 MOST_TERMS = 32
 """Words and phrases of a query that are looked for."""
 # Scripts that put no spaces between words: each character is indexed as a word of its own.
@@ -88,7 +90,7 @@ def terms(query: str) -> list[str]:
     refuse.  What holds no letter or digit is left out.
     """
     found: list[str] = []
-    for phrase, word in _TERM.findall(_plain(query)):
+    for phrase, word in _TERM.findall(plain(query)):
         term = spaced(phrase or word).replace('"', " ").strip()
         if _WORD.search(term.replace("_", " ")):
             found.append(f'"{term}"' + ("*" if word.endswith("*") else ""))
@@ -100,7 +102,8 @@ def spaced(text: str) -> str:
     return _UNSPACED.sub(r" \1 ", text)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """Text as SQLite can hold it."""
     # SQLite's strings end at NUL, and lone surrogates are no UTF-8.
     return text.replace("\0", " ").encode("utf-8", "replace").decode("utf-8")
 
@@ -170,44 +173,42 @@ def build(index: Index, path: Path, progress: Progress | None = None) -> None:
 def _fill(index: Index, path: Path, progress: Progress | None) -> None:
     with closing(sqlite3.connect(path)) as connection:
         connection.executescript(_TABLES)
-        texts = Texts(index)
-        for first in range(0, index.d_sae, CHUNK):
-            last = min(first + CHUNK, index.d_sae)
-            for row in texts.rows(first, last):
-                if any(row[1:4]):
-                    connection.execute(_SAID, row[:4])
-                if row[4]:
-                    connection.execute(_AROUND, (row[0], row[4]))
-            if progress is not None:
-                progress(last, index.d_sae, "latents")
+        for latent, mostly, fires, promoted, examples in Texts(index):
+            if mostly or fires or promoted:
+                connection.execute(_SAID, (latent, mostly, fires, promoted))
+            if examples:
+                connection.execute(_AROUND, (latent, examples))
+            if progress is not None and latent % 1024 == 0:
+                progress(latent + 1, index.d_sae, "latents")
         for table in ("said", "around"):
             connection.execute(f"INSERT INTO {table} ({table}) VALUES ('optimize')")
         connection.execute("CREATE VIRTUAL TABLE temp.vocabulary USING fts5vocab('main', 'around', 'row')")
         common = connection.execute(
-            "SELECT term FROM temp.vocabulary WHERE doc > ?", (COMMON * index.d_sae,)
+            "SELECT term FROM temp.vocabulary WHERE doc > ?", (max(COMMON * index.d_sae, COMMON_FROM),)
         ).fetchall()
+        counts = pq.read_table(index.folder / "latents.parquet", columns=["count"])["count"].to_numpy()
         connection.execute(
             "INSERT INTO origin VALUES (?, ?, ?, ?)",
             (
                 index.manifest.id,
                 SCHEMA,
                 "\n".join(f'"{term}"' for (term,) in common),
-                texts.counts().tobytes(),
+                counts.astype(np.int64).tobytes(),
             ),
         )
         connection.commit()
 
 
-_TABLES = """
+_TABLES = f"""
 -- Nobody else sees the file before it is renamed, so there is nothing to roll back to.
 PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
 PRAGMA cache_size = -64000;
 CREATE TABLE origin (id TEXT, schema INTEGER, common TEXT, counts BLOB);
 CREATE VIRTUAL TABLE said USING fts5(
-    mostly, fires, promoted, content='', columnsize=0, tokenize='unicode61 remove_diacritics 2');
+    mostly, fires, promoted, content='', columnsize=0, tokenize='{TOKENIZER}');
 CREATE VIRTUAL TABLE around USING fts5(
-    examples, content='', columnsize=0, tokenize='unicode61 remove_diacritics 2');
+    examples, content='', columnsize=0, tokenize='{TOKENIZER}');
 """
 _SAID = "INSERT INTO said (rowid, mostly, fires, promoted) VALUES (?, ?, ?, ?)"
 _AROUND = "INSERT INTO around (rowid, examples) VALUES (?, ?)"
@@ -225,70 +226,87 @@ def _is_of(path: Path, index: Index) -> bool:
         return False
 
 
-_PROMOTED = "SELECT latent, promoted FROM latents WHERE latent >= ? AND latent < ? ORDER BY latent"
-_EXAMPLES = """
-    SELECT
-        e.latent,
-        p.tokens[greatest(e.position + 1 - ?, 1) : e.position] AS before,
-        [p.tokens[e.position + 1]] AS peak,
-        p.tokens[e.position + 2 : e.position + 1 + ?] AS after
-    FROM examples e JOIN passages p USING (passage)
-    WHERE e.kind = 'top' AND e.rank < ? AND e.latent >= ? AND e.latent < ?
-    ORDER BY e.latent, e.rank
-"""
 # A token of its own, which no text holds, so that no phrase reaches from one example into the next.
 _BREAK = " \ue000 "
 
 
 class Texts:
-    """The text of latents, a chunk at a time, assembled in Arrow."""
+    """The text of latents, a block of them at a time."""
 
     def __init__(self, index: Index) -> None:
-        self.connection = duckdb.connect()
-        for table in ("latents", "examples", "passages"):
-            self.connection.read_parquet(str(index.folder / f"{table}.parquet")).create_view(table)
-        vocabulary = pq.read_table(index.folder / "vocabulary.parquet")
+        self._examples, self._weights = Table(index.folder, "examples"), Table(index.folder, "weights")
+        self._passages = index.passages
+        self._parts: dict[int, tuple[NDArray[np.int32], NDArray[np.int32]]] = {}
+        vocabulary = pq.read_table(index.folder / "vocabulary.parquet", columns=["token", "text"])
         tokens = vocabulary["token"].to_numpy()
-        self.words = vocabulary["text"].combine_chunks()
-        self.place = np.zeros(int(tokens.max(initial=0)) + 1, dtype=np.int64)
-        self.place[tokens] = np.arange(len(tokens))
+        self._words = vocabulary["text"].combine_chunks()
+        self._place = np.zeros(int(tokens.max(initial=0)) + 1, dtype=np.int64)
+        self._place[tokens] = np.arange(len(tokens))
 
-    def counts(self) -> NDArray[np.int64]:
-        """How often each latent fires, (d_sae,)."""
-        table = self.connection.sql("SELECT count FROM latents ORDER BY latent").to_arrow_table()
-        return table["count"].to_numpy().astype(np.int64)
+    def __iter__(self) -> Iterator[tuple[int, str, str, str, str]]:
+        """Latent, words it fires mostly on, or fires on, tokens it promotes, its examples' text."""
+        for number in range(self._weights.groups):
+            weights = self._weights.group(number, ["latent", "promoted"])
+            fires: dict[int, Counter[str]] = {}
+            around: dict[int, list[str]] = {}
+            for latent, before, peak, after in self._strongest(number):
+                fires.setdefault(latent, Counter())[" ".join(word_at(before, peak, after).split())] += 1
+                around.setdefault(latent, []).append(before + peak + after)
+            for latent, promoted in zip(
+                *(weights[c].to_pylist() for c in ("latent", "promoted")), strict=True
+            ):
+                often = fires.get(latent, Counter[str]())
+                yield (
+                    latent,
+                    _column(word for word, times in often.items() if times >= MOSTLY),
+                    _column(word for word, times in often.items() if times < MOSTLY),
+                    _column(promoted),
+                    _column(around.get(latent, ())),
+                )
 
-    def rows(self, first: int, last: int) -> Iterator[tuple[int, str, str, str, str]]:
-        """Latent, words it fires mostly on, or fires on, tokens it promotes, its examples' text, for each
-        latent from `first` to `last` − 1."""
-        promoted = self.connection.execute(_PROMOTED, [first, last]).fetchall()
-        examples = self.connection.sql(
-            _EXAMPLES, params=[REACH, REACH, EXAMPLES, first, last]
-        ).to_arrow_table()
-        parts = [self._joined(examples[name].combine_chunks()) for name in ("before", "peak", "after")]
-        fires: dict[int, list[str]] = {}
-        around: dict[int, list[str]] = {}
-        for latent, before, peak, after in zip(examples["latent"].to_pylist(), *parts, strict=True):
-            fires.setdefault(latent, []).append(word_at(before, peak, after))
-            around.setdefault(latent, []).append(before + peak + after)
-        for latent, tokens in promoted:
-            often = Counter(" ".join(word.split()) for word in fires.get(latent, ()))
-            yield (
-                latent,
-                _column(word for word, times in often.items() if times >= MOSTLY),
-                _column(word for word, times in often.items() if times < MOSTLY),
-                _column(tokens),
-                _column(around.get(latent, ())),
-            )
+    def _strongest(self, number: int) -> Iterator[tuple[int, str, str, str]]:
+        """Latent and the text before, at and after each of its strongest firings, a row group of weights."""
+        per = self._weights.per_group // self._examples.per_group
+        groups = range(number * per, min((number + 1) * per, self._examples.groups))
+        columns = ["latent", "kind", "rank", "passage", "position"]
+        table = pa.concat_tables([self._examples.group(g, columns) for g in groups])
+        rank = table["rank"].to_numpy()
+        chosen = (table["kind"].to_numpy() == "top") & (rank >= 0) & (rank < EXAMPLES)
+        latent, passage, position = (table[c].to_numpy()[chosen] for c in ("latent", "passage", "position"))
+        tokens = self._tokens(passage, position)
+        parts = (tokens[:, :REACH], tokens[:, REACH : REACH + 1], tokens[:, REACH + 1 :])
+        yield from zip(latent.tolist(), *map(self._joined, parts), strict=True)
 
-    def _joined(self, tokens: Any) -> list[str]:
-        """Lists of token ids as text."""
-        flat = self.words.take(pa.array(self.place[tokens.values.to_numpy(zero_copy_only=False)]))
-        return cast(Any, pc).binary_join(pa.ListArray.from_arrays(tokens.offsets, flat), "").to_pylist()
+    def _tokens(self, passage: NDArray[np.int64], position: NDArray[np.int32]) -> NDArray[np.int64]:
+        """Token ids around each position (n,) of a passage (n,): (n, 2·REACH + 1), −1 beyond its ends."""
+        found = np.full((len(passage), 2 * REACH + 1), -1, dtype=np.int64)
+        for part in np.unique(passage >> PLACES).tolist():
+            mine = np.flatnonzero(passage >> PLACES == part)
+            row = passage[mine] & ((1 << PLACES) - 1)
+            offsets, flat = self._flat(part)
+            at = (offsets[row] + position[mine])[:, None] + np.arange(-REACH, REACH + 1)
+            inside = (at >= offsets[row][:, None]) & (at < offsets[row + 1][:, None])
+            found[mine] = np.where(inside, flat[np.where(inside, at, 0)], -1)
+        return found
+
+    def _flat(self, part: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """A part's tokens one after the other, and where each passage begins; in place if it is one batch."""
+        if part not in self._parts:
+            tokens = self._passages.part(part)["tokens"].combine_chunks()
+            self._parts[part] = tokens.offsets.to_numpy(), tokens.values.to_numpy()
+        return self._parts[part]
+
+    def _joined(self, tokens: NDArray[np.int64]) -> list[str]:
+        """Each row of token ids (n, w), −1 for none, as text."""
+        inside = tokens >= 0
+        ends = np.concatenate([[0], np.cumsum(inside.sum(axis=1))]).astype(np.int32)
+        words = self._words.take(pa.array(self._place[tokens[inside]]))
+        lists = pa.ListArray.from_arrays(pa.array(ends), words)
+        return cast(Any, pc).binary_join(lists, "").to_pylist()
 
 
 def _column(texts: Iterable[str]) -> str:
-    return spaced(_plain(_BREAK.join(texts)))
+    return spaced(plain(_BREAK.join(texts)))
 
 
 def word_at(before: str, peak: str, after: str) -> str:
