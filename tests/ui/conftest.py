@@ -1,24 +1,25 @@
-"""A folder to browse: an index whose text is as hostile as text can be, its autoencoder, a finding, labels."""
+"""A folder to browse: an index whose text is as hostile as text can be, and what belongs to it."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from fastapi.testclient import TestClient
 
 from unbraid.features.page import Index
 from unbraid.manifest.record import write_manifest
 from unbraid.model.load import LanguageModel, load_model
 from unbraid.sae.base import SAE, SAEConfig
 from unbraid.sae.registry import build
+from unbraid.ui.app import create_app
 from unbraid.ui.library import Library, Source
 from unbraid.ui.workbench import Limits, Workbench
+
+from ..features.handmade import Made, handmade
 
 SITE = "layers.1.resid_post"
 D_SAE = 96
@@ -35,19 +36,6 @@ PASSAGES = [
 ]
 
 
-def handmade() -> Any:
-    """The module that writes an index by hand, from the tests of its room."""
-    path = Path(__file__).resolve().parents[1] / "features" / "handmade.py"
-    name = "unbraid_tests_handmade"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
 @dataclass
 class World:
     """What the tests browse."""
@@ -61,6 +49,14 @@ class World:
     @property
     def source(self) -> Source:
         return next(s for s in self.library.sources if s.name == "index")
+
+    @property
+    def base(self) -> str:
+        return f"/i/{self.source.key}"
+
+    @property
+    def empty(self) -> str:
+        return next(f"/i/{s.key}" for s in self.library.sources if s.name == "empty")
 
 
 @pytest.fixture(scope="session")
@@ -81,21 +77,20 @@ def sae(lm: LanguageModel) -> SAE:
 
 def make_index(folder: Path, sae_id: str, lm: LanguageModel) -> Index:
     """An index in which a latent fires on ordinary text, some on hostile text, and most never."""
-    tools = handmade()
 
     def fires(passage: int, every: int = 1, first: int = 0) -> list[tuple[int, int, float]]:
         places = range(first, len(PASSAGES[passage]), every)
         return sorted(((passage, i, 4.0 - 0.07 * i) for i in places), key=lambda f: -f[2])
 
-    latents = [tools.Made() for _ in range(D_SAE)]
+    latents = [Made() for _ in range(D_SAE)]
     promoted = [SCRIPT, RTL, OVERRIDE, "👩‍👩‍👧", LONG, " mg", "", "\n"]
-    latents[3] = tools.Made(fires(0, 4, 2) + [(4, 2, 1.5)], [" refund", " package"], [" no"], [(5, 2)], [(5, 0.9)])
-    latents[5] = tools.Made(fires(1), promoted, promoted[::-1], [(3, 2)], [(3, 0.9), (6, 0.5)])
-    latents[6] = tools.Made(fires(2), promoted, promoted)
-    latents[7] = tools.Made(fires(3), promoted[:2], promoted[2:])
-    latents[8] = tools.Made([(0, i, 1.0) for i in range(len(PASSAGES[0]))], [" the"], [" a"])
+    latents[3] = Made([*fires(0, 4, 2), (4, 2, 1.5)], [" refund", " package"], [" no"], [(5, 2)], [(5, 0.9)])
+    latents[5] = Made(fires(1), promoted, promoted[::-1], [(3, 2)], [(3, 0.9), (6, 0.5)])
+    latents[6] = Made(fires(2), promoted, promoted)
+    latents[7] = Made(fires(3), promoted[:2], promoted[2:])
+    latents[8] = Made([(0, i, 1.0) for i in (11, 22, *range(11))], [" the"], [" a"])
     inputs = {"sae": sae_id, "model": lm.id, "tokenizer": lm.tokenizer_id}
-    return tools.handmade(folder, PASSAGES, latents, inputs=inputs)
+    return handmade(folder, PASSAGES, latents, inputs=inputs)
 
 
 @pytest.fixture(scope="session")
@@ -109,15 +104,16 @@ def world(tmp_path_factory: pytest.TempPathFactory, lm: LanguageModel, sae: SAE)
     library = Library.open(folder)
     source = next(s for s in library.sources if s.index.manifest.id == index.manifest.id)
     for latent, text in ((3, "parcels that are late"), (5, SCRIPT), (6, f"{RTL} עולם"), (7, "one long word")):
-        source.labels.propose(latent, text, by="lexical", kind="lexical", scores={"detection": {"value": 0.8}})
+        source.labels.propose(
+            latent, text, by="lexical", kind="lexical", scores={"detection": {"value": 0.8}}
+        )
     bench = Workbench(lambda _: lm, lambda _: sae, Limits(characters=5000, tokens=400, new_tokens=32))
     return World(folder, library, bench, lm, sae)
 
 
 def make_empty(folder: Path, sae_id: str, lm: LanguageModel) -> Index:
     """An index over a corpus in which nothing fires."""
-    tools = handmade()
-    return tools.handmade(folder, [["nothing"]], [tools.Made()] * 3, inputs={"sae": sae_id, "model": lm.id})
+    return handmade(folder, [["nothing"]], [Made()] * D_SAE, inputs={"sae": sae_id, "model": lm.id})
 
 
 def make_finding(folder: Path, sae: SAE, sae_id: str, lm: LanguageModel) -> None:
@@ -128,7 +124,10 @@ def make_finding(folder: Path, sae: SAE, sae_id: str, lm: LanguageModel) -> None
     from unbraid.causal.validate import ValidateConfig, validate
 
     probes = [
-        Probe(id=f"p{i}", messages=({"role": "user", "content": f"word {i}"},), incident=re.compile("[aeiou]")) for i in range(4)
+        Probe(
+            id=f"p{i}", messages=({"role": "user", "content": f"word {i}"},), incident=re.compile("[aeiou]")
+        )
+        for i in range(4)
     ]
     benign = [Probe(id="b", messages=({"role": "user", "content": "hello"},), expected=re.compile("."))]
     config = ValidateConfig(
@@ -139,3 +138,8 @@ def make_finding(folder: Path, sae: SAE, sae_id: str, lm: LanguageModel) -> None
         lm, sae, [3], probes, benign, config, sae_id=sae_id, command="unbraid validate --latent 3"
     )
     save_finding(found.finding, folder)
+
+
+@pytest.fixture(scope="session")
+def client(world: World) -> TestClient:
+    return TestClient(create_app(world.library, world.bench), base_url="http://127.0.0.1")

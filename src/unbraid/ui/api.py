@@ -50,11 +50,21 @@ class Keeping(BaseModel):
     keep: bool
 
 
+Strength = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
+
+
+class Steered(BaseModel):
+    """One latent's part in an edit."""
+
+    latent: int
+    strength: Strength = 0.0
+
+
 class SteerBody(BaseModel):
     """A prompt to continue twice: as the model does, and under an edit of latents."""
 
     prompt: Text
-    features: Annotated[list[Steering], Field(min_length=1, max_length=32)]
+    features: Annotated[list[Steered], Field(min_length=1, max_length=32)]
     method: Method = "add"
     new_tokens: Annotated[int, Field(ge=1, le=4096)] = 48
     temperature: Annotated[float, Field(ge=0, le=10)] = 0.7
@@ -68,7 +78,7 @@ class FeatureName(BaseModel):
     source: Name = ""
     layer: Name = ""
     index: int
-    strength: float = 0.0
+    strength: Strength = 0.0
 
 
 class ActivationNew(BaseModel):
@@ -123,7 +133,7 @@ class SteerShape(BaseModel):
     features: Annotated[list[FeatureName], Field(min_length=1, max_length=32)]
     temperature: Annotated[float, Field(ge=0, le=10)] = 0.7
     n_tokens: Annotated[int, Field(ge=1, le=4096)] = 48
-    strength_multiplier: float = 1.0
+    strength_multiplier: Strength = 1.0
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 
@@ -185,7 +195,8 @@ def _add_own(app: FastAPI, library: Library, bench: Workbench) -> None:
         """Continue a prompt without and with an edit; a line of JSON for each token of either."""
         source = library.source(key)
         bench.check_text(body.prompt)
-        edits = bench.edit(source, body.features, body.method)
+        steering = [Steering(f.latent, f.strength) for f in body.features]
+        edits = bench.edit(source, steering, body.method)
 
         def run(condition: str, say: Say) -> Continuation:
             return bench.reply(

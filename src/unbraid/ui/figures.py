@@ -57,7 +57,7 @@ def histogram(
             Markup('<line class="mark" x1="{:.1f}" y1="0" x2="{:.1f}" y2="{}"/>').format(zero, zero, floor)
         )
     return Markup(
-        '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}"><g class="s{}">{}</g>'
+        '<svg class="chart bins" viewBox="0 0 {} {}" role="img" aria-label="{}"><g class="s{}">{}</g>'
         '<text x="0" y="{}">{}</text><text x="{}" y="{}" text-anchor="end">{}</text></svg>'
     ).format(
         WIDTH, HEIGHT, label, style, Markup("").join(parts), HEIGHT - 4, ends[0], WIDTH, HEIGHT - 4, ends[1]

@@ -141,11 +141,23 @@ class Library:
         raise NotFoundError(f"there is no index {key[:64]!r} here; the first page lists those that there are")
 
     def named(self, model: str, layer: str) -> Source:
-        """The index of a model (by its name) at a site, or with a key or folder name."""
-        for source in self.sources:
-            if model in (source.model_name, source.key) and layer in (source.site, source.key, source.name):
-                return source
-        raise NotFoundError(f"there is no index of {model[:64]!r} at {layer[:64]!r} here")
+        """The index of a model (by its name) at a site, or with a key or folder name.
+
+        Raises NotFoundError where there is none, and UserError where there are several.
+        """
+        found = [
+            source
+            for source in self.sources
+            if model in (source.model_name, source.key) and layer in (source.site, source.key, source.name)
+        ]
+        if not found:
+            raise NotFoundError(f"there is no index of {model[:64]!r} at {layer[:64]!r} here")
+        if len(found) > 1:
+            keys = ", ".join(source.key for source in found)
+            raise UserError(
+                f"several indexes are of {model[:64]} at {layer[:64]}; name one of {keys} instead"
+            )
+        return found[0]
 
 
 def _folders(folder: Path) -> Iterator[Path]:

@@ -21,7 +21,7 @@ from unbraid.manifest.errors import UserError
 from unbraid.ui import figures, readings, views
 from unbraid.ui.charts import percent
 from unbraid.ui.library import Library
-from unbraid.ui.text import clipped, marked_tokens, number, token_name
+from unbraid.ui.text import clipped, marked_tokens, number, share, token_name
 from unbraid.ui.workbench import Workbench
 
 Text = Annotated[str, Query(max_length=4000)]
@@ -243,7 +243,8 @@ def _environment() -> Environment:
         token=token_name,
         clip=clipped,
         marked=marked_tokens,
-        share=lambda value: max(round(60 * value), 4),
+        share=share,
+        tint=lambda value: max(round(60 * value), 4),
         score=_score,
         history=lambda line: clipped(json.dumps(line, ensure_ascii=False, sort_keys=True), 600),
         agreement=lambda a: (

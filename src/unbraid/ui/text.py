@@ -49,7 +49,9 @@ def token_name(text: str, limit: int = LONGEST_TOKEN) -> str:
     """A token that stands by itself: spaces and line breaks drawn as signs, nothing for an empty one."""
     if not text:
         return "(empty)"
-    return clipped(text, limit).replace("\n", "↵").replace("\t", "→").replace(" ", "␣")
+    signs = str.maketrans({"\n": "↵", "\t": "→", " ": "␣"})
+    shown = visible(text[:limit]).translate(signs)
+    return shown if len(text) <= limit else f"{shown}… ({len(text):,} characters)"
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -58,6 +60,16 @@ def number(value: float | None, digits: int = 3) -> str:
         return "–"
     text = f"{value:,.{digits}f}" if abs(value) >= 10**-digits or value == 0 else f"{value:.{digits}g}"
     return text.replace("-", "−")
+
+
+def share(value: float | None) -> str:
+    """A share in per cent with three significant digits, and nothing smaller than a hundred-millionth."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if value == 0:
+        return "0\u202f%"
+    digits = min(max(2 - math.floor(math.log10(abs(100 * value))), 0), 6)
+    return f"{100 * value:.{digits}f}\u202f%".replace("-", "−")
 
 
 def shade(value: float, maximum: float) -> int:

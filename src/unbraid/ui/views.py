@@ -110,7 +110,7 @@ def latents_table(source: Source, *, sort: str, where: Mapping[str, Any], page: 
             conditions.append(f"l.density {comparison} ?")
             values.append(float(where[name]))
     if token := where.get("token"):
-        conditions.append("len(list_filter(w.promoted, t -> contains(lower(t), lower(?)))) > 0")
+        conditions.append("len(list_filter(w.promoted, lambda t: contains(lower(t), lower(?)))) > 0")
         values.append(str(token))
     if status := where.get("status"):
         chosen = [j for j, label in source.labels.current().items() if label.status == status]
