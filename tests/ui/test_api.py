@@ -124,7 +124,8 @@ def test_a_stream_tells_each_token(client: TestClient, world: World) -> None:
 
 def test_neuronpedias_steering(client: TestClient, world: World) -> None:
     same = {
-        "modelId": "made", "features": [{"modelId": "made", "layer": world.source.key, "index": 3, "strength": 15}],
+        "modelId": "made",
+        "features": [{"modelId": "made", "layer": world.source.key, "index": 3, "strength": 15}],
         "strength_multiplier": 2, "n_tokens": 6, "temperature": 0, "seed": 0, "freq_penalty": 0,
     }  # fmt: skip
     last = {line["condition"]: line["text"] for line in steered(client, world) if line.get("done")}

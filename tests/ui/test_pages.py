@@ -68,7 +68,7 @@ def test_a_twin_holds_the_text_as_it_is_and_the_page_holds_it_made_visible(
     client: TestClient, world: World
 ) -> None:
     data = client.get(f"{world.base}/latents/7.json").json()
-    tokens = {token for e in data["page"]["top"] for token in e["tokens"]}
+    tokens = {token for e in data["groups"][0]["examples"] for token in e["tokens"]}
     assert LONG in tokens
     page = client.get(f"{world.base}/latents/7").text
     assert "x" * 100 not in page and "(10,000 characters)" in page
@@ -134,7 +134,7 @@ def test_vectors_are_decoder_rows(client: TestClient, world: World) -> None:
 
 
 def test_the_context_is_the_passage_with_what_is_known(client: TestClient, world: World) -> None:
-    example = client.get(f"{world.base}/latents/3.json").json()["page"]["top"][0]
+    example = client.get(f"{world.base}/latents/3.json").json()["groups"][0]["examples"][0]
     place = f"passage={example['passage']}&position={example['position']}"
     data = client.get(f"{world.base}/latents/3/context?{place}&reach=200").json()
     assert len(data["tokens"]) == 44 and data["start"] == 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from markupsafe import Markup, escape
 
@@ -20,12 +22,16 @@ def alpha(value: float, maximum: float) -> float:
     return round(0.05 + 0.95 * math.log10(1 + 9 * min(value / maximum, 1.0)), 3)
 
 
+_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Whatever `_visible_character` changes."""
+
+
 def visible(text: str) -> str:
     """`text` with control characters as pictures, bidirectional overrides and lone surrogates replaced.
 
     One character for one, so that offsets into the text stay right.
     """
-    return "".join(_visible_character(c) for c in text)
+    return text if _HIDDEN.search(text) is None else "".join(_visible_character(c) for c in text)
 
 
 def _visible_character(c: str) -> str:
@@ -55,10 +61,14 @@ def token_name(text: str, limit: int = LONGEST_TOKEN) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number with a true minus sign; a dash for what is not finite."""
+    """A number with a true minus sign, the fewer decimals the larger; a dash for what is not finite."""
     if value is None or not math.isfinite(value):
         return "–"
-    text = f"{value:,.{digits}f}" if abs(value) >= 10**-digits or value == 0 else f"{value:.{digits}g}"
+    if value and abs(value) < 10**-digits:
+        text = f"{value:.{digits}g}"
+    else:
+        whole = math.floor(math.log10(abs(value))) if value else 0
+        text = f"{value:,.{max(digits - max(whole, 0), 0)}f}"
     return text.replace("-", "−")
 
 
@@ -82,6 +92,12 @@ def shades() -> str:
     return "".join(f".a{i}{{--a:{i / 100:g}}}\n" for i in range(1, 101))
 
 
+@lru_cache(maxsize=16_384)
+def _markup(token: str) -> str:
+    """A token in running text; a page has thousands, and few different ones."""
+    return str(escape(clipped(token))).replace("\n", '<i class="nl">↵</i><br>')
+
+
 def marked_tokens(
     tokens: Sequence[str], values: Sequence[float | None], maximum: float, centre: int | None = None
 ) -> Markup:
@@ -96,10 +112,9 @@ def marked_tokens(
             classes.append(f"a{level}")
         if centre is not None and abs(i - centre) > STACKED:
             classes.append("far")
-        said = "" if value is None else f' data-v="{number(value)}"'
-        text = str(escape(clipped(token))).replace("\n", '<i class="nl">↵</i><br>')
+        said = "" if value is None else f' data-v="{number(value) if value else 0}"'
         part = 0 if centre is None or i < centre else 1 if i == centre else 2
-        parts[part].append(f'<span class="{" ".join(classes)}"{said}>{text}</span>')
+        parts[part].append(f'<span class="{" ".join(classes)}"{said}>{_markup(token)}</span>')
     if centre is None:
         return Markup("".join(parts[0]))
     names = ("before", "peak", "after")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -22,6 +22,8 @@ STEER = 3.0
 """Steering begins at this multiple of the largest activation."""
 BOOKMARKS = "bookmarks"
 """The list that the bookmark button of a feature page keeps."""
+EXAMPLES = ("top", "intervals", "quantiles")
+"""Fields of a latent's page that hold examples."""
 SORTS = ("latent", "density", "count", "documents", "max", "mean", "distinct_tokens")
 """Columns that the table of latents can be ordered by."""
 
@@ -174,13 +176,24 @@ def feature(source: Source, latent: int) -> dict[str, Any]:
         "latent": latent,
         "previous": latent - 1 if latent else None,
         "next": latent + 1 if latent + 1 < source.index.d_sae else None,
-        "page": page.as_dict() | {"neighbours": neighbours},
+        "page": _facts(page) | {"neighbours": neighbours},
         "groups": _groups(page),
         "labels": [label.as_dict() for label in source.labels.of(latent)],
         "history": source.labels.history(latent),
         "lists": [name for name, kept in listed.items() if latent in kept],
         "findings": [_finding(f) for f in source.findings if latent in f.latents],
         "steer": {"strength": STEER * page.max, "max": page.max},
+    }
+
+
+def _facts(page: LatentPage) -> dict[str, Any]:
+    """All of a page but its examples, which stand in the groups."""
+    record = {name: value for name, value in vars(page).items() if name not in EXAMPLES}
+    return {
+        name: [vars(v) for v in value]
+        if isinstance(value, tuple) and value and is_dataclass(value[0])
+        else value
+        for name, value in record.items()
     }
 
 
@@ -211,7 +224,7 @@ def _collapsed(examples: Sequence[Example]) -> list[dict[str, Any]]:
         if around in found:
             found[around]["same"].append({"document": example.document, "position": example.position})
         else:
-            found[around] = asdict(example) | {"centre": centre, "same": []}
+            found[around] = vars(example) | {"centre": centre, "same": []}
     return list(found.values())
 
 
@@ -301,7 +314,7 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    if hasattr(value, "__dataclass_fields__"):
+    if is_dataclass(value) and not isinstance(value, type):
         return plain(asdict(value))
     if isinstance(value, np.generic):
         return plain(value.item())
