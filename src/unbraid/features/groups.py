@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 HISTOGRAM_BINS = 64
 """Bins of equal width."""
-LEVELS, OCTAVES = 16, 12
+LEVELS, OCTAVES = 32, 10
 INTERVALS = 16
 """Intervals of equal width between 0 and the histogram's top; a latent's maximum is in the upper half."""
 Edges = tuple[float, float, int]

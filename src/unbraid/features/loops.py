@@ -113,6 +113,15 @@ def keys_of(seed: np.uint64, document: I64, place: I64, out: U64) -> None:
 
 
 @_compiled
+def mixed(key: U64, latent: U64) -> U64:
+    """The priorities of firings (n,) at places with these keys, as `take_in` draws them."""
+    out = np.empty(len(key), np.uint64)
+    for i in range(len(key)):
+        out[i] = mix(key[i] ^ latent[i])
+    return out
+
+
+@_compiled
 def contexts_of(classes: U64, begins: I64, ends: I64, width: int, out: U64) -> None:
     """Hash of the classes of the `width` tokens to either side of each token, and its own.
 
@@ -139,8 +148,8 @@ def _exponent(value: np.float32) -> int:
 def _level(value: np.float32, exponent: int) -> int:
     box = np.empty(1, np.float32)
     box[0] = value
-    # The bits of a float above 0 down to four of its mantissa count sixteenths of octaves.
-    level = int(box.view(np.int32)[0] >> 19) - (exponent - OCTAVES + 127) * LEVELS + 1
+    # The bits of a float above 0 down to five of its mantissa count 32nds of octaves.
+    level = int(box.view(np.int32)[0] >> 18) - (exponent - OCTAVES + 127) * LEVELS + 1
     return max(level, 0)
 
 

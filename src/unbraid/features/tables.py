@@ -37,7 +37,7 @@ SCHEMAS: Mapping[str, pa.Schema] = {
             "total_rest": pa.float64(),
             "histogram": _LIST_I,  # 64 bins of equal width over [0, histogram_top)
             "histogram_top": pa.float64(),
-            "levels": _LIST_I,  # all below, then 16 bins an octave up to histogram_top: see `accumulate`
+            "levels": _LIST_I,  # all below, then 32 bins an octave up to histogram_top: see `groups`
             "position_total": pa.int64(),  # sum of positions in the window, and of their squares
             "position_squares": pa.int64(),
             "position_first": pa.int64(),  # firings on a window's first counted token
