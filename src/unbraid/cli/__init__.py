@@ -41,6 +41,7 @@ VERBS: dict[str, Verb] = {
     "evaluate": Verb("unbraid.cli.evaluate", "measure an autoencoder: reconstruction, sparsity, behaviour"),
     "index": Verb("unbraid.cli.index", "say what every latent does over a corpus"),
     "find": Verb("unbraid.cli.find", "find the latents that separate two sets of documents"),
+    "search": Verb("unbraid.cli.search", "search an index by words, meaning, a text, a direction or numbers"),
     "validate": Verb("unbraid.cli.validate", "edit latents and measure what that changes, beside controls"),
     "browse": Verb(
         "unbraid.cli.browse", "look at indexes, findings and labels in a browser; try text, steer"

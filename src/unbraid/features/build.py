@@ -315,9 +315,7 @@ class _Windows:
     def __init__(self) -> None:
         self.columns: dict[str, list[Any]] = {name: [] for name in PASSAGE.names}
 
-    def add(
-        self, number: int, document: Document, positions: Sequence[int], tokens: Sequence[int]
-    ) -> None:
+    def add(self, number: int, document: Document, positions: Sequence[int], tokens: Sequence[int]) -> None:
         row = (None, number, document.id, document.stratum, positions[-1] - len(positions) + 1, tokens)
         for column, value in zip(self.columns.values(), row, strict=True):
             column.append(value)
@@ -339,7 +337,13 @@ def require_same(origin: Origin, index: Index) -> None:
     facts, inputs = index.manifest.facts, index.manifest.inputs
     wanted = {**origin.facts, **origin.facts["config"], **origin.inputs}
     found = {**facts, **facts["config"], **inputs}
-    for name in (*origin.inputs, "site", "d_sae", "beside", *sorted(set(origin.facts["config"]) - {"tokens"})):
+    for name in (
+        *origin.inputs,
+        "site",
+        "d_sae",
+        "beside",
+        *sorted(set(origin.facts["config"]) - {"tokens"}),
+    ):
         if found.get(name) != wanted[name]:
             raise UserError(
                 f"{index.folder} was made with {name} {found.get(name)!r:.40} and not {wanted[name]!r:.40}; an index "

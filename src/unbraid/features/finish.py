@@ -74,7 +74,10 @@ def write_tables(
     )
     offsets = np.concatenate([[0], np.cumsum(state.together.sizes[order])]).astype(np.int32)
     sampled = pa.table(
-        {"key": state.together.keys[order], "latents": pa.ListArray.from_arrays(pa.array(offsets), pa.array(latents))}
+        {
+            "key": state.together.keys[order],
+            "latents": pa.ListArray.from_arrays(pa.array(offsets), pa.array(latents)),
+        }
     )
     pq.write_table(sampled, folder / SAMPLED, compression="zstd")
     known = sorted(_tokens_of(places.passages))
@@ -166,7 +169,12 @@ def _write_examples(folder: Path, state: State, places: Places) -> None:
                 else:
                     rank = _rank_in_run(latent * INTERVALS + group)
                 parts.append(
-                    {"latent": latent + begin, "kind": np.full(len(latent), kind), "group": group, "rank": rank}
+                    {
+                        "latent": latent + begin,
+                        "kind": np.full(len(latent), kind),
+                        "group": group,
+                        "rank": rank,
+                    }
                     | {name: found[name] for name in ("passage", "position", "value", "around")}
                 )
             rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -259,4 +267,6 @@ def _read_examples(rows: pa.Table, state: State, places: Places, seed: int) -> N
 
 
 def _slots(state: State) -> Sequence[tuple[str, Slots, int]]:
-    return tuple(zip(KINDS, (state.best, state.sample, state.spread), (0, 0, state.sizes.per_interval), strict=True))
+    return tuple(
+        zip(KINDS, (state.best, state.sample, state.spread), (0, 0, state.sizes.per_interval), strict=True)
+    )

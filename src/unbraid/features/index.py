@@ -71,7 +71,16 @@ class IndexConfig:
     """Seed of the samples."""
 
     def __post_init__(self) -> None:
-        positive = ("context", "batch_tokens", "top", "quantiles", "per_group", "reservoir", "promoted", "part")
+        positive = (
+            "context",
+            "batch_tokens",
+            "top",
+            "quantiles",
+            "per_group",
+            "reservoir",
+            "promoted",
+            "part",
+        )
         for name in (*positive, "neighbours", "coactive", "coactive_entries"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")

@@ -74,7 +74,9 @@ def _require_whole(shares: Sequence[Index]) -> None:
                 )
         for name in ("sae", "model", "tokenizer"):
             if share.manifest.inputs[name] != first.inputs[name]:
-                raise UserError(f"{share.folder} and {shares[0].folder} were made with another {name}; index again")
+                raise UserError(
+                    f"{share.folder} and {shares[0].folder} were made with another {name}; index again"
+                )
     numbers = [share.manifest.facts["share"] for share in shares]
     wanted = [[number, of] for number in range(1, of + 1)]
     if numbers != wanted:

@@ -12,16 +12,20 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
+from unbraid.features.embedding import Embedder, open_embedder
 from unbraid.features.labels.store import Labels
 from unbraid.features.page import Index
 from unbraid.features.search_activation import Order, Reader
 from unbraid.features.search_labels import LabelText
+from unbraid.features.search_meaning import Meanings
 from unbraid.features.search_numbers import Condition, matching
 from unbraid.features.search_text import TextIndex
 from unbraid.manifest.errors import UserError
+from unbraid.manifest.progress import Progress
 from unbraid.model.load import LanguageModel
 from unbraid.sae.base import SAE
 
@@ -50,10 +54,13 @@ class Hit:
 class Search:
     """All ways to search one index; the labels of people are searched as well where they are given."""
 
-    def __init__(self, index: Index, labels: Labels | None = None) -> None:
+    def __init__(
+        self, index: Index, labels: Labels | None = None, *, embedder: Embedder | None = None
+    ) -> None:
         self.index = index
+        self.embedder = embedder
         self.labels = labels
-        self._reader: tuple[SAE, Reader] | None = None
+        self._reader: Reader | None = None
 
     @cached_property
     def words(self) -> TextIndex:
@@ -81,29 +88,47 @@ class Search:
         """The words of the labels, where there are any."""
         return None if self.labels is None else LabelText(self.labels)
 
+    def meaning(self, query: str, limit: int = 20, progress: Progress | None = None) -> list[Hit]:
+        """Latents whose label, or else what they fire on, is nearest in meaning, by the cosine.
+
+        The first question embeds every latent, at the embedding model's speed.  Raises UserError, saying what
+        to install, where there is no embedding model.
+        """
+        found = self.meanings.search(query, limit, progress)
+        return [Hit(latent, cosine, text) for latent, cosine, text in found]
+
+    @cached_property
+    def meanings(self) -> Meanings:
+        """The vectors of what is said of each latent."""
+        return Meanings(self.index, self.embedder or open_embedder(), self.labels)
+
     def activation(
         self, sae: SAE, lm: LanguageModel, text: str, limit: int = 20, *, order: Order = "surprise"
     ) -> list[Hit]:
-        """Latents that fire on a text, with their activation at each of its tokens (see `tokens`).
+        """Latents that fire on a text, with their activation at each of its tokens (which `reader` gives).
 
         `order`: "surprise" is the largest activation as a share of the latent's largest over the corpus,
         times −log10 of its density; "activation" is the largest activation as it is.
         """
-        if self._reader is None or self._reader[0] is not sae:
-            self._reader = sae, Reader(sae)
-        read = self._reader[1].read(lm, text)
+        read = self.reader(sae).read(lm, text)
         return [
             Hit(latent, score, why, values)
             for latent, score, why, values in read.ranked(self._scale, order, limit)
         ]
 
+    def reader(self, sae: SAE) -> Reader:
+        """What encodes a text fast, made once for an autoencoder; it holds a quarter of its encoder again."""
+        if self._reader is None or self._reader.sae is not sae:
+            self._reader = Reader(sae)
+        return self._reader
+
     @cached_property
     def _scale(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Each latent's largest activation and its density over the corpus, (d_sae,) each."""
-        import pyarrow.parquet as pq
-
         table = pq.read_table(self.index.folder / "latents.parquet", columns=["max", "density"])
-        return table["max"].to_numpy().astype(np.float64), table["density"].to_numpy()
+        # A latent that never fired over the corpus counts as one that fired once.
+        rare = np.maximum(table["density"].to_numpy(), 1 / max(self.index.n_tokens, 1))
+        return table["max"].to_numpy().astype(np.float64), rare
 
     def direction(self, vector: NDArray[np.floating[Any]], sae: SAE, limit: int = 20) -> list[Hit]:
         """Latents whose decoder row has the largest cosine with `vector` (d_in,).

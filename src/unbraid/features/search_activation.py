@@ -51,7 +51,7 @@ class Reading:
     ) -> Iterator[tuple[int, float, str, tuple[float, ...]]]:
         """(latent, score, why, activation at each token) of the `limit` best latents.
 
-        `scale` is each latent's largest activation and density over the corpus, (d_sae,) each.
+        `scale` is each latent's largest activation, or 0, and its density over the corpus, (d_sae,) each.
         """
         if not len(self.latent):
             return
@@ -61,11 +61,7 @@ class Reading:
         score = largest.astype(np.float64)
         if order == "surprise":
             top, density = (column[latents] for column in scale)
-            # A latent that never fired over the corpus counts as one that fired at its own value once.
-            rare = -np.log10(
-                np.where(density > 0, density, max(density[density > 0].min(initial=1e-6), 1e-12))
-            )
-            score = score / np.where(top > 0, top, score) * rare
+            score = score / np.where(top > 0, top, score) * -np.log10(density)
         for best in np.argsort(-score, kind="stable")[:limit].tolist():
             mine = np.flatnonzero(place == best)
             values = np.zeros(len(self.tokens), dtype=np.float32)

@@ -158,7 +158,9 @@ class Reader:
             yield self._stretch(part, waiting, passage, stratum)
             passage += len(waiting)
         if (passage - 1) >> PLACES > part.number:
-            raise UserError(f"a part of the corpus has more than {1 << PLACES} windows; choose a longer --context")
+            raise UserError(
+                f"a part of the corpus has more than {1 << PLACES} windows; choose a longer --context"
+            )
 
     def _stretch(
         self, part: Part, pieces: list[Piece], passage: int, stratum: Callable[[Document], int]
@@ -167,9 +169,7 @@ class Reader:
         ends = np.cumsum(lengths)
         tokens = np.concatenate([np.array(piece.window.input_ids, np.int64) for piece in pieces])
         context = np.empty(len(tokens), np.uint64)
-        loops.contexts_of(
-            self.classes(tokens), ends - lengths, ends, self.reading.same_context, context
-        )
+        loops.contexts_of(self.classes(tokens), ends - lengths, ends, self.reading.same_context, context)
         keep = np.concatenate([piece.keep for piece in pieces])
         window = np.repeat(np.arange(len(pieces)), lengths)[keep]
         document = np.array([piece.document for piece in pieces], np.int64)

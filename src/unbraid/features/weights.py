@@ -98,7 +98,10 @@ def nearest(own: Tensor, theirs: Tensor | None, k: int) -> tuple[np.ndarray[Any,
     numbers, cosines = torch.empty(len(a), k, dtype=torch.long), torch.empty(len(a), k)
     for begin in range(0, len(a), ROWS):
         rows = a[begin : begin + ROWS]
-        best, at = rows.new_zeros(len(rows), 0), torch.zeros(len(rows), 0, dtype=torch.long, device=rows.device)
+        best, at = (
+            rows.new_zeros(len(rows), 0),
+            torch.zeros(len(rows), 0, dtype=torch.long, device=rows.device),
+        )
         for first in range(0, len(b), COLUMNS):
             some = rows @ b[first : first + COLUMNS].T
             if theirs is None:
