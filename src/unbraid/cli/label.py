@@ -1,4 +1,4 @@
-"""`unbraid label`: what latents mean, proposed by words or by a language model, scored, and reviewed by people."""
+"""`unbraid label`: what latents mean, proposed by words or by a language model, scored and reviewed."""
 
 from __future__ import annotations
 
@@ -204,7 +204,9 @@ def _busiest(index: Index) -> list[int]:
         [BUSIEST],
     )
     if not rows:
-        raise UserError(f"no latent of {index.folder} fires on less than a tenth of the tokens; use --latents")
+        raise UserError(
+            f"no latent of {index.folder} fires on less than a tenth of the tokens; use --latents"
+        )
     return [row["latent"] for row in rows]
 
 
