@@ -1,4 +1,4 @@
-"""Replies of a language model, kept by what was asked: what was paid for once is on the disk before it is used."""
+"""Replies of a language model, kept by what was asked: what was paid for is on the disk before it is used."""
 
 from __future__ import annotations
 

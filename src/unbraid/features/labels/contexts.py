@@ -184,7 +184,7 @@ class Contexts:
         pool = _Pool(read, column, length, f"{config.seed}/{latent}")
         # The explainer is shown the strongest windows and, for half of its train, what is usual.
         half = -(-config.train // 2)
-        train = pool.take("train", True, [top], half)
+        train = pool.take("train", True, [top], half, ranked=True)
         train += pool.take("train", True, [fair, anywhere, near, rest], config.train - len(train))
         train_negatives = pool.take("train", False, [near], config.train // 2, hard=True)
         train_negatives += pool.take("train", False, [anywhere], config.train - len(train_negatives))
@@ -220,31 +220,23 @@ class _Pool:
         count: int,
         *,
         hard: bool = False,
+        ranked: bool = False,
     ) -> list[Window]:
         """Up to `count` windows of the split, earlier sources first, one a document before two of one.
 
-        The order within a source is a hash, so that neither strength nor place decides, except for an
-        explainer's strongest windows, which come as they are ranked.
+        Within that a hash decides, so that neither strength nor place does, unless the source is `ranked`.
         """
         found: list[Window] = []
-        for number, source in enumerate(sources):
-            ranked = len(sources) == 1 and active
+        for source in sources:
             windows = [
-                w for place in dict.fromkeys(source) if (w := self._window(place, split, active, hard))
+                window
+                for place in dict.fromkeys(source)
+                if (window := self._window(place, split, active, hard)) is not None
             ]
-            seen: dict[str, int] = {}
-            keyed: list[tuple[int, str, int, Window]] = []
-            order = windows if ranked else sorted(windows, key=self._hash)
-            for place, window in enumerate(order):
-                nth = seen.get(window.document, 0)
-                seen[window.document] = nth + 1
-                keyed.append((nth, "", place, window))
-            for *_, window in sorted(keyed, key=lambda item: item[:3]):
+            for window in _spread_out(windows if ranked else sorted(windows, key=self._hash)):
                 if len(found) < count and window.tokens not in self._taken:
                     self._taken.add(window.tokens)
                     found.append(window)
-            if number + 1 < len(sources) and len(found) >= count:
-                break
         return found
 
     def _window(self, place: tuple[int, int], split: str, active: bool, hard: bool) -> Window | None:
@@ -263,3 +255,16 @@ class _Pool:
 
     def _hash(self, window: Window) -> str:
         return hashlib.sha256(f"{self._salt}/{window.passage}/{window.start}".encode()).hexdigest()
+
+
+def _spread_out(windows: Sequence[Window]) -> list[Window]:
+    """The first window of each document, then the second ones, and so on, otherwise in the given order."""
+    seen: dict[str, int] = {}
+    rounds: list[list[Window]] = []
+    for window in windows:
+        nth = seen.get(window.document, 0)
+        seen[window.document] = nth + 1
+        if nth == len(rounds):
+            rounds.append([])
+        rounds[nth].append(window)
+    return [window for one in rounds for window in one]

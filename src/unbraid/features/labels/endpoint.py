@@ -210,7 +210,8 @@ class Endpoint:
         """What was spent so far, in a few words."""
         spent = self.spent
         money = "" if spent.money is None else f", cost {spent.money:.4f}"
-        return f"{spent.calls} calls, {spent.cached} cached, {spent.tokens_in + spent.tokens_out:,} tokens{money}"
+        tokens = spent.tokens_in + spent.tokens_out
+        return f"{spent.calls} calls, {spent.cached} cached, {tokens:,} tokens{money}"
 
     def _answered(self, name: str, request: Request, stop: threading.Event) -> Reply:
         reserved = self._reserve(request)
@@ -222,7 +223,8 @@ class Endpoint:
                 except _Again as again:
                     if attempt + 1 == self.config.attempts or stop.is_set():
                         raise ConnectionError(
-                            f"the endpoint at {self.config.base_url} failed {attempt + 1} times ({again}); every"
+                            f"the endpoint at {self.config.base_url} failed {attempt + 1} times"
+                            f" ({again}); every"
                             " reply so far is kept, run the same command again"
                         ) from again
                     with self._lock:
@@ -250,7 +252,8 @@ class Endpoint:
         with self._lock:
             if (self.spent.money or 0.0) + self._reserved + cost > self.config.budget:
                 raise UserError(
-                    f"the budget of {self.config.budget:g} is reached; every reply so far is kept, raise --budget"
+                    f"the budget of {self.config.budget:g} is reached; every reply so far is kept,"
+                    " raise --budget"
                     " and run the same command again"
                 )
             self._reserved += cost
@@ -282,7 +285,8 @@ class Endpoint:
                 self._structured = False  # this endpoint knows no schemas; the prompt asks for JSON as well
                 return self._call(request)
             raise UserError(
-                f"the endpoint at {self.config.base_url} refuses (status {error.status_code}); check --model-name,"
+                f"the endpoint at {self.config.base_url} refuses (status {error.status_code}); check"
+                " --model-name,"
                 f" --base-url and the key in {self.config.key_env}"
             ) from error
         return _reply(str(raw.text if isinstance(raw.text, str) else raw.text()), request)
@@ -296,7 +300,7 @@ class _Again(Exception):
         self._after = after
 
     def pause(self, attempt: int) -> float:
-        """Seconds to wait: what the server says, or twice as long each time, spread so as not to come at once."""
+        """Seconds to wait: what the server says, or twice as long each time, spread a little."""
         try:
             asked = float(self._after or "")
         except ValueError:

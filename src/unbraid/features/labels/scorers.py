@@ -57,7 +57,7 @@ def fuzzing(judge: Judge, labelled: Sequence[Labelled], seed: int = 0) -> list[S
 
 def simulation(judge: Judge, labelled: Sequence[Labelled], seed: int = 0) -> list[Score]:
     """How strongly does the latent fire at each token?  Pearson's correlation of what the judge expects with
-    what it does, over all tokens of the test windows; where an answer could not be read it expects nothing."""
+    what it does, over all tokens of the test windows; an answer that could not be read expects nothing."""
     jobs = [
         (label, [Shown.of(w) for w in (*evidence.positives, *evidence.negatives)])
         for label, evidence in labelled

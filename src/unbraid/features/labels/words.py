@@ -21,7 +21,6 @@ some such text texts than that the their them then there these they this to toke
 used uses was we were what when where which who will with word words would you your
 """.split()  # noqa: SIM905
 )
-)
 
 
 def split_words(text: str) -> tuple[str, ...]:
