@@ -1,4 +1,4 @@
-"""Each page and action in a real browser: nothing is fetched from elsewhere, nothing runs, all can be read."""
+"""Each page and action in a real browser: nothing comes from elsewhere, no text runs, all can be read."""
 
 from __future__ import annotations
 
@@ -86,26 +86,30 @@ def violations(page: Page, **options: Any) -> list[str]:
     return [f"{v['id']}: {n['target']} {n['failureSummary']}" for v in found for n in v["nodes"]]
 
 
-def test_pages_can_be_read_by_everybody_in_both_themes_and_on_a_telephone(page: Page, world: World) -> None:
+def test_pages_can_be_read_by_everybody_in_both_themes(page: Page, world: World) -> None:
     world.source.labels.keep("bookmarks", 3)
+    feature = f"{world.base}/latents/3"
     pages = [
-        "/", world.base, f"{world.base}/latents/3", f"{world.base}/latents/5", f"{world.base}/latents/6",
-        f"{world.base}/latents/7", f"{world.base}/search?q=delayed", f"{world.base}/prompt?text=the+package",
-        f"{world.base}/contrast?a=the+package&b=red+ball", f"{world.base}/lists",
-        f"{world.base}/lists/bookmarks", f"{world.base}/review", world.empty, f"{world.empty}/latents/0",
-        "/nothing",
+        "/", world.base, feature, f"{world.base}/latents/6", f"{world.base}/search?q=delayed",
+        f"{world.base}/prompt?text=the+package", f"{world.base}/contrast?a=the+package&b=red+ball",
+        f"{world.base}/lists/bookmarks", f"{world.base}/review", "/nothing",
     ]  # fmt: skip
     for path in pages:
-        page.set_viewport_size({"width": 1280, "height": 800})
         opened(page, path)
         assert violations(page) == [], path
         page.click("#theme")
         assert page.evaluate("document.documentElement.dataset.theme") == "dark"
-        assert violations(page, runOnly=["color-contrast"]) == [], path
-        for width in (360, 390):
-            page.set_viewport_size({"width": width, "height": 800})
-            assert page.evaluate("document.documentElement.scrollWidth") <= width, (path, width)
+        if path in (world.base, feature, pages[5], pages[8]):  # all that has a colour is on these
+            assert violations(page, runOnly=["color-contrast"]) == [], path
         page.click("#theme")
+
+
+def test_nothing_is_wider_than_a_telephone(page: Page, world: World) -> None:
+    page.set_viewport_size({"width": 360, "height": 800})
+    for path in (*(f"/latents/{j}" for j in (0, 3, 5, 6, 7)), "", "/search?q=delayed", "/prompt?text=a+b",
+                 "/contrast?a=the+package&b=red+ball", "/lists", "/review"):  # fmt: skip
+        opened(page, world.base + path)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360, path
         assert page.evaluate("window.pwned") is None
 
 
@@ -190,7 +194,7 @@ def test_searching_and_going_places(page: Page, world: World) -> None:
     page.click("main button.primary")
     page.wait_for_load_state()
     assert "q=delayed" in page.url  # a link that can be kept
-    page.click("table a >> nth=0")
+    page.click("table a:text-is('3')")
     expect(page.locator("h1")).to_have_text("Latent 3")
     page.click("a[rel=next]")
     expect(page.locator("h1")).to_have_text("Latent 4")
@@ -290,18 +294,23 @@ def test_labels_are_reviewed_from_the_keyboard(page: Page, world: World) -> None
     at = queue.index(mine[0].id)
     opened(page, f"{world.base}/review?by=Kim&at={at}")
     question = page.locator(".question bdi")
-    expect(question).to_have_text("for the queue 0")
+
+    def asks(text: str) -> None:
+        expect(question).to_have_text(text)
+        page.wait_for_selector("html[data-ready=yes]", state="attached")
+
+    asks("for the queue 0")
     page.keyboard.press("j")
-    expect(question).to_have_text("for the queue 1")
+    asks("for the queue 1")
     page.keyboard.press("k")
-    expect(question).to_have_text("for the queue 0")
+    asks("for the queue 0")
     page.keyboard.press("a")
-    expect(question).to_have_text("for the queue 1")
+    asks("for the queue 1")
     page.keyboard.press("r")  # asks for a reason first
     expect(page.locator("#why")).to_be_focused()
     page.keyboard.type("a jar, nothing else")
     page.keyboard.press("Enter")
-    expect(question).to_have_text("for the queue 2")
+    asks("for the queue 2")
     page.keyboard.press("n")
     page.keyboard.type("too broad")
     page.keyboard.press("Enter")

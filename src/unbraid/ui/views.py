@@ -189,12 +189,12 @@ def feature(source: Source, latent: int) -> dict[str, Any]:
 def _facts(page: LatentPage) -> dict[str, Any]:
     """All of a page but its examples, which stand in the groups."""
     record = {name: value for name, value in vars(page).items() if name not in EXAMPLES}
-    return {
-        name: [vars(v) for v in value]
-        if isinstance(value, tuple) and value and is_dataclass(value[0])
-        else value
-        for name, value in record.items()
-    }
+    for name, value in record.items():
+        if is_dataclass(value):
+            record[name] = vars(value)
+        elif isinstance(value, tuple) and value and is_dataclass(cast(object, value[0])):
+            record[name] = [vars(item) for item in cast("tuple[Any, ...]", value)]
+    return record
 
 
 def _groups(page: LatentPage) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ export function examples() {
     // What is not looked at is not fetched.
     const watcher = new IntersectionObserver((entries) => {
       for (const entry of entries) if (entry.isIntersecting && settings.view === "full") open(entry.target);
-    });
+    }, { rootMargin: "600px" });
     for (const input of box.querySelectorAll(".toggles input")) {
       if (input.type === "checkbox") input.checked = settings.breaks === "on";
       else input.checked = settings[input.name] === input.value;
