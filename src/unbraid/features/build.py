@@ -231,13 +231,13 @@ class Build:
 
     def _count_strata(self, stretch: Stretch) -> None:
         numbers = {number: name for name, (number, _, _) in self.state.seen.strata.items()}
-        for number, n in enumerate(np.bincount(stretch.rows.stratum).tolist()):
+        for number, n in enumerate(np.bincount(stretch.rows["stratum"]).tolist()):
             if n:
                 self.state.seen.strata[numbers[number]][2] += n
 
     def save(self) -> None:
         """Save the state; the file of the save before goes afterwards."""
-        file = f"state-{self.at.part:06d}{'-end' if self.at.ended else ''}.safetensors"
+        file = f"state-{self.at.part:06d}{'-end' if self.at.ended else ''}.npz"
         rest = self.state.save(self.folder / file)
         self._write_work({"file": file, "state": rest})
         self._tidy(file)
@@ -246,7 +246,7 @@ class Build:
         write_json(self.folder / WORK, {"request": self.request, "at": asdict(self.at), **more})
 
     def _tidy(self, keep: str) -> None:
-        for path in self.folder.glob("state-*.safetensors"):
+        for path in self.folder.glob("state-*.npz"):
             if path.name != keep:
                 path.unlink()
         self.state.tokens.tidy()
@@ -258,7 +258,7 @@ class Build:
         write_tables(self.folder, self.state, self.words, places, coactive)
         self.at.tables = True
         self._write_work({"facts": self._facts()})
-        for path in (*self.folder.glob("state-*.safetensors"), *self.folder.glob("run-*.bin")):
+        for path in (*self.folder.glob("state-*.npz"), *self.folder.glob("run-*.bin")):
             path.unlink()
 
     def _facts(self) -> dict[str, Any]:

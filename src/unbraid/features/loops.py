@@ -14,7 +14,7 @@ Firings of a stretch of text are listed by latent: those of latent j are `rows`,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, ParamSpec, TypeVar, cast
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import numba
 import numpy as np
@@ -36,25 +36,21 @@ LOWEST = -60
 """Least exponent of a histogram's top."""
 
 
-class Rows(NamedTuple):
-    """The counted tokens of a stretch of text, all (n,)."""
-
-    passage: I64
-    """The window that each belongs to."""
-    position: I32
-    """Its place in the window."""
-    document: I64
-    """Number of its document; it never falls from one stretch to the next."""
-    token: I32
-    """The token."""
-    stratum: I32
-    """Number of its document's stratum."""
-    first: NDArray[np.bool_]
-    """Whether it is the first counted token of its window."""
-    key: U64
-    """A random number that depends on the seed, the document and the place in it alone."""
-    context: U64
-    """A hash of the tokens around it."""
+ROW = np.dtype(
+    [
+        ("key", np.uint64),  # a random number that depends on the seed, the document and the place in it alone
+        ("context", np.uint64),  # a hash of the tokens around it
+        ("passage", np.int64),  # the window that it belongs to
+        ("document", np.int64),  # number of its document; it never falls from one stretch to the next
+        ("position", np.int32),  # its place in the window
+        ("token", np.int32),
+        ("stratum", np.int32),  # number of its document's stratum
+        ("first", np.int32),  # 1 if it is the first counted token of its window, else 0
+    ]
+)
+"""A counted token of a stretch of text; all of it in one line of the cache."""
+Rows = NDArray[Any]
+"""Tokens (n,) of type ROW."""
 
 
 class Slots(NamedTuple):
@@ -137,82 +133,44 @@ def contexts_of(classes: U64, begins: I64, ends: I64, width: int, out: U64) -> N
 
 
 @_compiled
-def _exponent(value: np.float32) -> int:
-    """Least e of LOWEST or more with value < 2^e, for a value above 0."""
-    box = np.empty(1, np.float32)
-    box[0] = value
-    return max(int(box.view(np.int32)[0] >> 23) - 126, LOWEST)
-
-
-@_compiled
-def _level(value: np.float32, exponent: int) -> int:
-    box = np.empty(1, np.float32)
-    box[0] = value
-    # The bits of a float above 0 down to five of its mantissa count 32nds of octaves.
-    level = int(box.view(np.int32)[0] >> 18) - (exponent - OCTAVES + 127) * LEVELS + 1
-    return max(level, 0)
-
-
-@_compiled
-def _bin(value: np.float32, exponent: int) -> int:
-    return min(int(np.float64(value) * 2.0 ** (-exponent) * BINS), BINS - 1)
-
-
-@_compiled
-def _put(
-    slots: Slots, j: int, s: int, key: np.uint64, value: np.float32, passage: int, position: int
-) -> None:
-    slots.key[j, s], slots.value[j, s] = key, value
-    slots.passage[j, s], slots.position[j, s] = passage, position
-
-
-@_compiled
-def _earlier(slots: Slots, j: int, s: int, passage: int, position: int) -> bool:
-    """Whether a place comes before the one in a slot."""
-    return passage < slots.passage[j, s] or (
-        passage == slots.passage[j, s] and position < slots.position[j, s]
-    )
-
-
-@_compiled
-def _better(slots: Slots, j: int, s: int, value: np.float32, passage: int, position: int) -> bool:
-    """Whether a firing is stronger than the one in a slot, or as strong and earlier."""
-    held = slots.value[j, s]
-    return value > held or (value == held and _earlier(slots, j, s, passage, position))
-
-
-@_compiled
-def _sooner(slots: Slots, j: int, s: int, key: np.uint64, passage: int, position: int) -> bool:
-    """Whether a firing was drawn before the one in a slot."""
-    held = slots.key[j, s]
-    return key > held or (key == held and _earlier(slots, j, s, passage, position))
+def _exponent(bits: int) -> int:
+    """Least e of LOWEST or more with value < 2^e, for a value above 0 with these bits."""
+    return max((bits >> 23) - 126, LOWEST)
 
 
 @_compiled
 def _offer_best(
     best: Slots, j: int, context: np.uint64, value: np.float32, passage: int, position: int
 ) -> int:
-    """Take a firing among the best of different contexts; returns its slot, or −1."""
-    size, worst, free = best.key.shape[1], -1, -1
-    for s in range(size):
-        if best.passage[j, s] < 0:
-            free = s
+    """Take a firing among the best of different contexts, of equal ones the earlier; returns its slot, or −1."""
+    contexts, values, passages, positions = best.key[j], best.value[j], best.passage[j], best.position[j]
+    worst, into = 0, -1
+    for s in range(len(values)):
+        if passages[s] < 0 or contexts[s] == context:
+            into = s
             break
-        if best.key[j, s] == context:
-            if not _better(best, j, s, value, passage, position):
-                return -1
-            _put(best, j, s, context, value, passage, position)
-            return s
-        if worst < 0 or not _better(
-            best, j, worst, best.value[j, s], best.passage[j, s], best.position[j, s]
+        if values[s] < values[worst] or (
+            values[s] == values[worst]
+            and (
+                passages[s] > passages[worst]
+                or (passages[s] == passages[worst] and positions[s] > positions[worst])
+            )
         ):
             worst = s
-    if free < 0:
-        if not _better(best, j, worst, value, passage, position):
-            return -1
-        free = worst
-    _put(best, j, free, context, value, passage, position)
-    return free
+    if into < 0:
+        into = worst
+    if passages[into] >= 0 and (
+        value < values[into]
+        or (
+            value == values[into]
+            and (
+                passage > passages[into] or (passage == passages[into] and position >= positions[into])
+            )
+        )
+    ):
+        return -1
+    contexts[into], values[into], passages[into], positions[into] = context, value, passage, position
+    return into
 
 
 @_compiled
@@ -220,53 +178,68 @@ def _offer_sample(
     sample: Slots, j: int, low: int, high: int, key: np.uint64, value: np.float32, passage: int, position: int
 ) -> int:
     """Take a firing into the slots low … high − 1 if it was drawn soon enough; returns its slot, or −1."""
-    last = -1
+    keys, passages, positions = sample.key[j], sample.passage[j], sample.position[j]
+    last = low
     for s in range(low, high):
-        if sample.passage[j, s] < 0:
+        if passages[s] < 0:
             last = s
             break
-        if last < 0 or not _sooner(
-            sample, j, last, sample.key[j, s], sample.passage[j, s], sample.position[j, s]
+        if keys[s] < keys[last] or (
+            keys[s] == keys[last]
+            and (
+                passages[s] > passages[last]
+                or (passages[s] == passages[last] and positions[s] > positions[last])
+            )
         ):
             last = s
-    if sample.passage[j, last] >= 0 and not _sooner(sample, j, last, key, passage, position):
+    if passages[last] >= 0 and (
+        key < keys[last]
+        or (
+            key == keys[last]
+            and (
+                passage > passages[last] or (passage == passages[last] and position >= positions[last])
+            )
+        )
+    ):
         return -1
-    _put(sample, j, last, key, value, passage, position)
+    keys[last], passages[last], positions[last] = key, passage, position
+    sample.value[j, last] = value
     return last
 
 
 @_compiled
 def _latest(sample: Slots, j: int, low: int, high: int) -> np.uint64:
     """The least key in these slots, 0 while one is free: firings below it need not be offered."""
-    least = sample.key[j, low]
+    keys, passages = sample.key[j], sample.passage[j]
+    least = keys[low]
     for s in range(low, high):
-        if sample.passage[j, s] < 0:
+        if passages[s] < 0:
             return np.uint64(0)
-        least = min(least, sample.key[j, s])
+        least = min(least, keys[s])
     return least
 
 
 @_compiled
 def _weakest(best: Slots, j: int) -> np.float32:
     """The least value of the best, 0 while a slot is free."""
-    least = best.value[j, 0]
-    for s in range(best.key.shape[1]):
-        if best.passage[j, s] < 0:
+    values, passages = best.value[j], best.passage[j]
+    least = values[0]
+    for s in range(len(values)):
+        if passages[s] < 0:
             return np.float32(0)
-        least = min(least, best.value[j, s])
+        least = min(least, values[s])
     return least
 
 
 @_compiled
 def _surround(rows: Rows, row: I32, value: F32, at: int, begin: int, end: int, out: F32) -> None:
     """The latent's activations around firing `at` of its list begin … end − 1, in `out` (2 · reach + 1,)."""
-    reach = len(out) // 2
-    here = row[at]
+    reach, here = len(out) // 2, rows[row[at]]
     out[:] = 0
     for step in (-1, 1):
         i = at
-        while begin <= i < end and rows.passage[row[i]] == rows.passage[here]:
-            away = rows.position[row[i]] - rows.position[here]
+        while begin <= i < end and rows[row[i]].passage == here.passage:
+            away = rows[row[i]].position - here.position
             if abs(away) > reach:
                 break
             out[reach + away] = value[i]
@@ -308,12 +281,11 @@ def widen(counts: Counts, spread: Slots, j: int, exponent: int) -> None:
 
 
 @_compiled
-def _add(total: F64, value: float) -> None:
-    """total (2,) += value; its second number keeps what rounding leaves out (Knuth's two-sum)."""
-    new = total[0] + value
-    part = new - total[0]
-    total[1] += (total[0] - (new - part)) + (value - part)
-    total[0] = new
+def _two_sum(total: float, value: float) -> tuple[float, float]:
+    """Their sum, and what rounding leaves out of it (Knuth)."""
+    new = total + value
+    part = new - total
+    return new, (total - (new - part)) + (value - part)
 
 
 @_compiled
@@ -330,67 +302,82 @@ def take_in(
     spread: Slots,
 ) -> None:
     """Count the firings of latents begin … end − 1 in a stretch of text and let them compete for slots."""
-    per = spread.key.shape[1] // INTERVALS
+    # Plain arrays, and no call on the way of most firings: a call counts references of all that it is given.
+    bits = value.view(np.int32)
+    histogram, levels, octaves, by_stratum = counts.histogram, counts.levels, counts.octaves, counts.strata
+    size, per, farthest = sample.key.shape[1], spread.key.shape[1] // INTERVALS, octaves.shape[1] - 1
     bars = np.zeros(INTERVALS, np.uint64)
     for j in range(begin, end):
         a, b = first[j], first[j + 1]
         if a == b:
             continue
-        highest = value[a]
+        highest = bits[a]  # floats above 0 are in the order of their bits
         for i in range(a, b):
-            highest = max(highest, value[i])
-        counts.highest[j] = max(counts.highest[j], highest)
-        widen(counts, spread, j, _exponent(highest))
+            highest = max(highest, bits[i])
+        exponent = _exponent(highest)
+        if exponent > counts.exponent[j]:
+            widen(counts, spread, j, exponent)
         exponent = counts.exponent[j]
-        counts.count[j] += b - a
-        weakest, latest = _weakest(best, j), _latest(sample, j, 0, sample.key.shape[1])
+        scale, lowest = 2.0 ** (-exponent) * BINS, (exponent - OCTAVES + 127) * LEVELS - 1
+        weakest, latest = _weakest(best, j), _latest(sample, j, 0, size)
         for interval in range(INTERVALS):
             bars[interval] = _latest(spread, j, interval * per, (interval + 1) * per)
-        peak = a
+        peak, last, fresh, total, rest = a, counts.last_document[j], 0, counts.total[j, 0], counts.total[j, 1]
+        places = squares = openings = 0
         for i in range(a, b):
-            r, v = row[i], value[i]
-            if rows.document[r] != counts.last_document[j]:
-                counts.documents[j] += 1
-                counts.last_document[j] = rows.document[r]
-            _add(counts.total[j], v)
-            place, position = _bin(v, exponent), np.int64(rows.position[r])
-            counts.histogram[j, place] += 1
-            counts.levels[j, _level(v, exponent)] += 1
-            counts.positions[j, 0] += position
-            counts.positions[j, 1] += position * position
-            counts.positions[j, 2] += rows.first[r]
+            token, v = rows[row[i]], value[i]
+            fresh += token.document != last
+            last = token.document
+            total, lost = _two_sum(total, np.float64(v))
+            rest += lost
+            place = min(int(np.float64(v) * scale), BINS - 1)
+            histogram[j, place] += 1
+            # The bits of a float above 0 down to five of its mantissa count 32nds of octaves.
+            levels[j, max(np.int64(bits[i] >> 18) - lowest, 0)] += 1
+            position = np.int64(token.position)
+            places += position
+            squares += position * position
+            openings += token.first
             octave = 0
             while position >> octave:
                 octave += 1
-            counts.octaves[j, min(octave, counts.octaves.shape[1] - 1)] += 1
-            counts.strata[j, rows.stratum[r]] += 1
+            octaves[j, min(octave, farthest)] += 1
+            by_stratum[j, token.stratum] += 1
 
-            key = mix(rows.key[r] ^ np.uint64(j))
+            key = mix(token.key ^ np.uint64(j))
             if key >= latest:
-                s = _offer_sample(
-                    sample, j, 0, sample.key.shape[1], key, v, rows.passage[r], rows.position[r]
-                )
+                s = _offer_sample(sample, j, 0, size, key, v, token.passage, token.position)
                 if s >= 0:
                     _surround(rows, row, value, i, a, b, sample.around[j, s])
-                    latest = _latest(sample, j, 0, sample.key.shape[1])
+                    latest = _latest(sample, j, 0, size)
             interval = place // OF_INTERVAL
             if key >= bars[interval]:
                 low = interval * per
-                s = _offer_sample(spread, j, low, low + per, key, v, rows.passage[r], rows.position[r])
+                s = _offer_sample(spread, j, low, low + per, key, v, token.passage, token.position)
                 if s >= 0:
                     _surround(rows, row, value, i, a, b, spread.around[j, s])
                     bars[interval] = _latest(spread, j, low, low + per)
 
             if v > value[peak]:
                 peak = i
-            if i + 1 == b or rows.passage[row[i + 1]] != rows.passage[r]:
-                p = row[peak]
+            if i + 1 == b or rows[row[i + 1]].passage != token.passage:
+                best_of = rows[row[peak]]
                 if value[peak] >= weakest:
-                    s = _offer_best(best, j, rows.context[p], value[peak], rows.passage[p], rows.position[p])
+                    s = _offer_best(
+                        best, j, best_of.context, value[peak], best_of.passage, best_of.position
+                    )
                     if s >= 0:
                         _surround(rows, row, value, peak, a, b, best.around[j, s])
                         weakest = _weakest(best, j)
                 peak = i + 1
+        counts.count[j] += b - a
+        counts.documents[j] += fresh
+        counts.last_document[j] = last
+        counts.highest[j] = max(counts.highest[j], value[a : b].max())
+        counts.total[j, 0], counts.total[j, 1] = total, rest
+        counts.positions[j, 0] += places
+        counts.positions[j, 1] += squares
+        counts.positions[j, 2] += openings
 
 
 @_compiled
@@ -415,8 +402,9 @@ def merge(
         counts.count[j] += more.count[j]
         counts.documents[j] += more.documents[j]
         counts.highest[j] = max(counts.highest[j], more.highest[j])
-        _add(counts.total[j], more.total[j, 0])
-        counts.total[j, 1] += more.total[j, 1]
+        total, lost = _two_sum(counts.total[j, 0], more.total[j, 0])
+        counts.total[j, 0] = total
+        counts.total[j, 1] += lost + more.total[j, 1]
         counts.histogram[j] += more.histogram[j]
         counts.levels[j] += more.levels[j]
         counts.positions[j] += more.positions[j]

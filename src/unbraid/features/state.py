@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
 
 from unbraid.features import loops
 from unbraid.features.coactive import TokenSample
@@ -92,11 +91,11 @@ class State:
             )  # fmt: skip
 
         side_by_side(some, range(len(cuts) - 1))
-        self.tokens.add(lists.first, rows.token[lists.rows])
-        self.together.add(_apart(rows.key), starts, latents)
-        self._count_occurrences(np.bincount(rows.token))
-        self.seen.tokens += len(rows.token)
-        octave = np.frexp(rows.position.astype(np.float64))[1].clip(max=POSITION_OCTAVES - 1)
+        self.tokens.add(lists.first, rows["token"][lists.rows])
+        self.together.add(_apart(rows["key"]), starts, latents)
+        self._count_occurrences(np.bincount(rows["token"]))
+        self.seen.tokens += len(rows)
+        octave = np.frexp(rows["position"].astype(np.float64))[1].clip(max=POSITION_OCTAVES - 1)
         for number, n in enumerate(np.bincount(octave, minlength=POSITION_OCTAVES).tolist()):
             self.seen.octaves[number] += n
 
@@ -173,8 +172,8 @@ class State:
 
     def save(self, path: Path) -> dict[str, Any]:
         """Write all arrays to a file; returns the rest of the state as JSON values."""
-        with writing(path) as temporary:
-            save_file({n: np.ascontiguousarray(a) for n, a in self.arrays().items()}, temporary)
+        with writing(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, allow_pickle=False, **self.arrays())
         return {
             "seen": self.seen.__dict__,
             "level": self.together.level,
@@ -185,7 +184,7 @@ class State:
         """Become what was saved."""
         from unbraid.features.pairs import Pairs
 
-        found = load_file(path)
+        found = dict(np.load(path, allow_pickle=False))
         self.counts = Counts(*(found[f"counts.{name}"] for name in Counts._fields))
         for slots in SLOTS:
             setattr(self, slots, Slots(*(found[f"{slots}.{name}"] for name in Slots._fields)))

@@ -177,16 +177,12 @@ class Reader:
         strata = np.array([stratum(part.documents[p.document - part.first]) for p in pieces], np.int32)
         first = np.ones(len(window), bool)
         first[1:] = window[1:] != window[:-1]
-        rows = Rows(
-            passage=passage + window,
-            position=(np.arange(len(tokens)) - np.repeat(ends - lengths, lengths))[keep].astype(np.int32),
-            document=document[window],
-            token=tokens[keep].astype(np.int32),
-            stratum=strata[window],
-            first=first,
-            key=row_keys(self.reading.seed, document[window], place),
-            context=context[keep],
-        )
+        rows: Rows = np.empty(len(window), loops.ROW)
+        rows["passage"], rows["document"] = passage + window, document[window]
+        rows["position"] = (np.arange(len(tokens)) - np.repeat(ends - lengths, lengths))[keep]
+        rows["token"], rows["context"] = tokens[keep], context[keep]
+        rows["stratum"], rows["first"] = strata[window], first
+        rows["key"] = row_keys(self.reading.seed, document[window], place)
         return Stretch(tuple(pieces), passage, *self._codes(pieces), rows)
 
     @torch.no_grad()
