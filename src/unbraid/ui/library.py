@@ -12,6 +12,7 @@ from unbraid.causal.finding import Finding, load_finding
 from unbraid.features.labels.store import Labels
 from unbraid.features.page import Index
 from unbraid.features.search import Search
+from unbraid.features.structure import Structure
 from unbraid.manifest.errors import IntegrityError, UserError
 from unbraid.manifest.files import PARTIAL
 from unbraid.manifest.record import MANIFEST, Manifest, read_manifest
@@ -82,6 +83,11 @@ class Source:
     def labels(self) -> Labels:
         """Labels, reviews and lists that lie beside it."""
         return Labels.of_index(self.index)
+
+    @cached_property
+    def structure(self) -> Structure | None:
+        """Its clusters, kinds and map, where they were made."""
+        return Structure(self.structures[0]) if self.structures else None
 
     @cached_property
     def search(self) -> Search:

@@ -11,6 +11,7 @@ import numpy as np
 from unbraid.causal.finding import Finding, Row
 from unbraid.features.page import Example, LatentPage
 from unbraid.manifest.errors import IntegrityError, UserError
+from unbraid.ui import maps
 from unbraid.ui.library import FoundFinding, Library, NotFoundError, Source
 from unbraid.ui.text import STACKED
 
@@ -73,7 +74,7 @@ def overview(source: Source, *, sort: str, where: Mapping[str, Any], page: int) 
             "single_token": _count(source, "count > 0 AND distinct_tokens = 1"),
         },
         "densities": _density_bins(densities),
-        "structure": None,
+        "structure": maps.overview(source),
         "labels": source.labels.counts(),
         "lists": source.labels.lists(),
         "findings": [
@@ -180,6 +181,7 @@ def feature(source: Source, latent: int) -> dict[str, Any]:
         "groups": _groups(page),
         "labels": [label.as_dict() for label in source.labels.of(latent)],
         "history": source.labels.history(latent),
+        "structure": maps.place(source, latent),
         "lists": [name for name, kept in listed.items() if latent in kept],
         "findings": [_finding(f) for f in source.findings if latent in f.latents],
         "steer": {"strength": STEER * page.max, "max": page.max},
