@@ -42,6 +42,9 @@ VERBS: dict[str, Verb] = {
     "index": Verb("unbraid.cli.index", "say what every latent does over a corpus"),
     "find": Verb("unbraid.cli.find", "find the latents that separate two sets of documents"),
     "search": Verb("unbraid.cli.search", "search an index by words, meaning, a text, a direction or numbers"),
+    "structure": Verb(
+        "unbraid.cli.structure", "kinds of latents, clusters, opposites, a map, and what a wider SAE splits"
+    ),
     "validate": Verb("unbraid.cli.validate", "edit latents and measure what that changes, beside controls"),
     "convert": Verb(
         "unbraid.cli.convert", "bring another tool's autoencoder in, or take one to another tool"
