@@ -99,3 +99,16 @@ def test_mistakes_are_named(
     monkeypatch.chdir(index.parent)
     assert main(["search", "--index", str(index), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_structure_from_the_command_line(
+    index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["structure", "--index", str(index), "--out"]
+    assert main([*words, str(tmp_path / "a"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["d_sae"] == 48
+    assert main([*words, str(tmp_path / "b"), "--antonym", "-0.9"]) == 0
+    assert "single-token" in capsys.readouterr().out
+    assert main([*words, str(tmp_path / "c"), "--wider", str(index.parent / "sae")]) == 2
+    assert "name a wider one" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path)]) == 0

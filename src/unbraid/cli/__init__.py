@@ -43,6 +43,9 @@ VERBS: dict[str, Verb] = {
     "label": Verb("unbraid.cli.label", "say what latents mean, score the labels, and review them"),
     "find": Verb("unbraid.cli.find", "find the latents that separate two sets of documents"),
     "search": Verb("unbraid.cli.search", "search an index by words, meaning, a text, a direction or numbers"),
+    "structure": Verb(
+        "unbraid.cli.structure", "kinds of latents, clusters, opposites, a map, and what a wider SAE splits"
+    ),
     "validate": Verb("unbraid.cli.validate", "edit latents and measure what that changes, beside controls"),
     "browse": Verb(
         "unbraid.cli.browse", "look at indexes, findings and labels in a browser; try text, steer"

@@ -15,16 +15,15 @@ from rich.table import Table
 from unbraid.activations.text import require_tokenizer
 from unbraid.cli.models import open_model
 from unbraid.cli.progress import shown
-from unbraid.cli.saes import open_sae
+from unbraid.cli.saes import folder_of, open_sae, require_same, sae_of
 from unbraid.features.embedding import open_embedder
 from unbraid.features.labels.store import Labels
 from unbraid.features.page import Index
 from unbraid.features.search import Hit, Search
 from unbraid.features.search_text import TextIndex
-from unbraid.manifest.errors import IntegrityError, UserError
+from unbraid.manifest.errors import UserError
 from unbraid.model.load import LanguageModel
 from unbraid.sae.base import SAE
-from unbraid.sae.formats.detect import detect
 
 
 @dataclass(frozen=True)
@@ -106,8 +105,7 @@ def _found(options: Options, search: Search) -> list[Hit]:
         return search.activation(sae, lm, _text(options.activates_on), limit, order=order)
     if options.direction is not None:
         # No model is needed to compare weights.
-        sae = detect(_sae_folder(options, index)).load()
-        return search.direction(_vector(options.direction), sae, limit)
+        return search.direction(_vector(options.direction), sae_of(index, options.sae)[0], limit)
     return search.statistics(options.where, options.order or "-density", limit)
 
 
@@ -119,21 +117,10 @@ def _model_and_sae(options: Options, index: Index) -> tuple[LanguageModel, SAE]:
         model = str(beside) if beside is not None and beside.is_dir() else str(facts["model_name"])
     lm = open_model(model, device=options.device)
     require_tokenizer(lm, index.manifest.inputs["tokenizer"], index.folder)
-    folder = _sae_folder(options, index)
+    folder = folder_of(index, options.sae)
     sae, identity = open_sae(folder, lm)
-    if index.manifest.inputs["sae"] != identity:
-        raise IntegrityError(
-            f"{folder} is not the SAE that {index.folder} was made from; name that with --sae"
-        )
+    require_same(index, identity, folder)
     return lm, sae.to(lm.device)
-
-
-def _sae_folder(options: Options, index: Index) -> Path:
-    paths = index.manifest.paths or {}
-    folder = options.sae or (index.folder / paths["sae"] if "sae" in paths else None)
-    if folder is None or not folder.is_dir():
-        raise UserError(f"the SAE of {index.folder} is not where it was; say where with --sae DIR")
-    return folder
 
 
 def _text(given: str) -> str:
