@@ -18,6 +18,7 @@ from unbraid.features import weights
 from unbraid.features.geometry import logit_effects, promoted_and_suppressed
 from unbraid.features.index import IndexConfig, build_index
 from unbraid.features.page import Index
+from unbraid.features.stretches import class_of
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.record import check_files
 from unbraid.model.load import LanguageModel, load_model
@@ -98,12 +99,18 @@ def test_examples_of_equal_contexts_collapse(
     for latent in range(0, index.d_sae, 12):
         shown = [example.tokens for example in index.latent(latent).top]
         assert len(set(shown)) == len(shown) > 0
-    same = ["there were 12 red balls in a pan", "There were 48 red balls in a pan", "A doctor wanted water"]
+    same = ["there were 12 red balls in a pan", "There were 48 red balls in a pan"]
     documents = [Document.of_text(text, id=str(n)) for n, text in enumerate(same)]
-    page = build_index(sae, lm, documents, CONFIG, tmp_path / "index", sae_id="x")
-    for latent in range(index.d_sae):
-        ends = Counter(e.tokens[-3:] for e in page.latent(latent).top if e.tokens[-1:] == ("n",))
-        assert all(n == 1 for n in ends.values())
+    made = build_index(sae, lm, documents, CONFIG, tmp_path / "index", sae_id="x")
+    tails = [window[-4:] > 0 for window in _codes(sae, lm, documents)]
+    both = np.flatnonzero(tails[0].any(axis=0) & tails[1].any(axis=0))
+    assert len(both)  # these fire in both copies
+    for latent in range(made.d_sae):
+        contexts: list[tuple[int, ...]] = []
+        for e in made.latent(latent).top:
+            at, reach = e.position - e.start, CONFIG.same_context
+            contexts.append(tuple(class_of(t) for t in e.tokens[max(at - reach, 0) : at + reach + 1]))
+        assert len(set(contexts)) == len(contexts)
 
 
 def _values(sae: SAE, lm: LanguageModel, documents: list[Document], latent: int) -> np.ndarray:
