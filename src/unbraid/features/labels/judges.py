@@ -60,7 +60,7 @@ class LexicalJudge:
     name = "lexical"
 
     def holds(self, jobs: Sequence[tuple[str, Sequence[Shown]]]) -> list[list[Answer]]:
-        """Yes where a word fits, or half of the marked words do."""
+        """Yes where a word fits, or half of the marked tokens do; one that half fits does not."""
         return [[self._holds(label, shown) for shown in texts] for label, texts in jobs]
 
     def simulate(self, jobs: Sequence[tuple[str, Sequence[Shown]]]) -> list[list[Values | None]]:
@@ -74,10 +74,10 @@ class LexicalJudge:
     def _holds(self, label: str, shown: Shown) -> bool:
         values = self._values(label, shown)
         if shown.marks is None:
-            return bool(values.max(initial=0.0) >= HALF)
+            return bool(values.max(initial=0.0) > HALF)
         marked = values[np.array(shown.marks, dtype=bool)]
         # At least half of what is marked has to fit, punctuation and parts of words included.
-        return bool(len(marked)) and float((marked >= HALF).mean()) >= 0.5
+        return bool(len(marked)) and float((marked > HALF).mean()) >= 0.5
 
     def _values(self, label: str, shown: Shown) -> Values:
         words = Words.of(shown.pieces)

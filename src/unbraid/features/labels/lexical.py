@@ -2,9 +2,9 @@
 
 Words are compared between places where the latent fires and places where it does not, by smoothed log-odds
 (Monroe, Colaresi and Quinn 2008, "Fightin' words"), firings weighed by their strength, so that many weak ones
-do not outvote the strong.  A few words are then taken one after the other as long as they raise the F1 of
-telling the training windows apart.  Two kinds of label compete: the latent fires at these words, or in text
-that follows them.
+do not outvote the strong.  A few words are then taken one after the other as long as they help to tell the
+training windows apart.  Two kinds of label compete: the latent fires at these words, or in text that follows
+them.  Words chosen on half of the training windows have to do well on the other half, or there is no label.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from unbraid.features.geometry import TokenEffect
 from unbraid.features.labels.contexts import Evidence, Window
 from unbraid.features.labels.label import clean
-from unbraid.features.labels.matcher import Matcher, Where, write_label
+from unbraid.features.labels.matcher import HALF, Matcher, Where, write_label
 from unbraid.features.labels.words import LONGEST, Words
 from unbraid.manifest.errors import UserError
 
@@ -27,13 +27,15 @@ CANDIDATES = 30
 MOST = 6
 """Words that a label may name."""
 GAIN = 0.02
-"""What a further word has to add to F1."""
-LEAST = 0.3
-"""F1 on the training windows below which no words are offered at all."""
+"""What a further word has to add to the hit rate less the false alarm rate."""
+LEAST = 0.25
+"""Hit rate less false alarm rate, on windows without a part in the choice, below which there is no label."""
 PRIOR = 0.5
 """Firings that every word is given to begin with, on both sides."""
 EARLY = 3
 """Words at the beginning of a window that count as its beginning."""
+_WHERE: tuple[Where, ...] = ("at", "after")
+_QUOTES = frozenset('"“”')
 
 
 @dataclass(frozen=True)
@@ -67,15 +69,13 @@ def explain(evidence: Evidence, promoted: Sequence[TokenEffect] = ()) -> Explana
     read = [_read(window, largest) for window in (*evidence.train, *evidence.train_negatives)]
     if not any(word.strength.max(initial=0) > 0 for word in read):
         return Explanation("", None, "it fires on no word in its training windows")
-    best, found = 0.0, None
-    for where in ("at", "after"):
-        f1, matcher = _chosen(read, where)
-        if f1 > best + (GAIN if found else 0):  # of two that do as well, the one that names the place
-            best, found = f1, matcher
-    if found is None or best < LEAST:
-        return Explanation("", None, f"no few words set its contexts apart (F1 {best:.2f} in training)")
-    if found.where == "at":
-        found = _conditioned(found, read)
+    held_out = {where: _held_out(read, where) for where in _WHERE}
+    # Of two that do as well, the one that names the place.
+    where = "at" if held_out["at"] >= held_out["after"] - GAIN else "after"
+    found = _chosen(read, where)
+    if not found.phrases or held_out[where] < LEAST:
+        better = held_out[where]
+        return Explanation("", None, f"no few words set its contexts apart ({better:.2f} better than chance)")
     return Explanation(_described(found, read, promoted), found)
 
 
@@ -84,18 +84,31 @@ def _read(window: Window, largest: float) -> _Read:
     return _Read(words.words, words.strongest(window.activations) / largest, bool(window.max > 0))
 
 
-def _chosen(read: Sequence[_Read], where: Where) -> tuple[float, Matcher | None]:
-    """Words taken greedily by F1 on the windows, and that F1."""
+def _held_out(read: Sequence[_Read], where: Where) -> float:
+    """How well words do on the half of the windows that they were not chosen on, mean of both halves."""
+    halves = read[::2], read[1::2]
+    return sum(_gain(_chosen(a, where), b) for a, b in (halves, halves[::-1])) / 2
+
+
+def _chosen(read: Sequence[_Read], where: Where) -> Matcher:
+    """Words taken one after the other, each the one that helps most; none where none does."""
     best, chosen = 0.0, Matcher((), where=where)
     left = _candidates(read, where)
     while left and len(chosen.phrases) < MOST:
-        tried = [(_f1(Matcher((*chosen.phrases, (word,)), where=where), read), word) for word in left]
-        f1, word = max(tried, key=lambda pair: pair[0])
-        if f1 < best + GAIN:
+        tried = [_with(chosen, word, read) for word in left]
+        gains = [_gain(matcher, read) for matcher in tried]
+        at = int(np.argmax(gains))
+        if gains[at] < best + GAIN:
             break
-        best, chosen = f1, Matcher((*chosen.phrases, (word,)), where=where)
-        left = [other for other in left if other != word]
-    return best, chosen if chosen.phrases else None
+        best, chosen = gains[at], tried[at]
+        left.pop(at)
+    return chosen
+
+
+def _with(matcher: Matcher, word: str, read: Sequence[_Read]) -> Matcher:
+    """The matcher with one more word, and with the words that these come after where that matters."""
+    more = Matcher((*matcher.phrases, (word,)), where=matcher.where)
+    return _conditioned(more, read) if more.where == "at" else more
 
 
 def _candidates(read: Sequence[_Read], where: Where) -> list[str]:
@@ -105,7 +118,7 @@ def _candidates(read: Sequence[_Read], where: Where) -> list[str]:
     for one in read:
         reach = int(np.flatnonzero(one.strength > 0).max(initial=-1))
         for place, word in enumerate(one.words):
-            if len(word) > LONGEST:
+            if len(word) > LONGEST or not word.isprintable() or word in _QUOTES:
                 continue
             if where == "at":
                 # What a word adds is its strength where the latent fires, and 1 where it stays silent.
@@ -131,18 +144,19 @@ def _log_odds(inside: dict[str, float], outside: dict[str, float]) -> dict[str, 
     return dict(zip(words, (difference / np.sqrt(1 / a + 1 / b)).tolist(), strict=True))
 
 
-def _f1(matcher: Matcher, read: Iterable[_Read]) -> float:
-    """F1 of telling windows by the matcher; a window on which the latent fires elsewhere is no hit."""
-    hit = said = there = 0.0
+def _gain(matcher: Matcher, read: Iterable[_Read]) -> float:
+    """Hit rate less false alarm rate.  A window is hit by how strong the latent is at its strongest word that
+    fits; so a window on which it fires elsewhere is no hit, and a weak one is a small one."""
+    hit = there = alarms = silent = 0.0
     for one in read:
-        values = matcher.values(one.words)
-        # A firing window counts by how much of its strongest word the matcher covers.
-        covered = float((values * one.strength).max(initial=0.0))
-        weight = float(one.strength.max(initial=0.0))
-        hit += covered if one.fires else 0.0
-        there += weight
-        said += max(covered, 0.0) if one.fires and covered else float(values.max(initial=0.0))
-    return 2 * hit / (said + there) if said + there else 0.0
+        fits = matcher.values(one.words) > HALF
+        if one.fires:
+            hit += float(one.strength[fits].max(initial=0.0))
+            there += float(one.strength.max(initial=0.0))
+        else:
+            alarms += float(fits.any())
+            silent += 1
+    return hit / max(there, 1e-12) - alarms / max(silent, 1.0)
 
 
 def _conditioned(matcher: Matcher, read: Sequence[_Read]) -> Matcher:
@@ -159,7 +173,8 @@ def _conditioned(matcher: Matcher, read: Sequence[_Read]) -> Matcher:
         return matcher
     after: list[str] = []
     for word in sorted(fires, key=lambda word: (-fires[word], word)):
-        if word and fires[word] >= 2 and fires[word] > 4 * silent.get(word, 0.0) and len(word) <= LONGEST:
+        usual = fires[word] >= 2 and fires[word] > 4 * silent.get(word, 0.0)
+        if usual and word and len(word) <= LONGEST and word.isprintable() and word not in _QUOTES:
             after.append(word)
     after = after[:4]
     if sum(fires[word] for word in after) < 0.6 * total:
