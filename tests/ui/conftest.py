@@ -11,6 +11,7 @@ import torch
 from fastapi.testclient import TestClient
 
 from unbraid.features.page import Index
+from unbraid.features.structure import build_structure
 from unbraid.manifest.record import write_manifest
 from unbraid.model.load import LanguageModel, load_model
 from unbraid.sae.base import SAE, SAEConfig
@@ -100,6 +101,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, lm: LanguageModel, sae: SAE)
     made = write_manifest(folder / "sae", kind="sae", command="", seed=0, inputs={"model": lm.id}, facts={})
     index = make_index(folder / "index", made.id, lm)
     make_empty(folder / "empty", made.id, lm)
+    build_structure(index, sae, folder / "structure")
     make_finding(folder / "finding", sae, made.id, lm)
     library = Library.open(folder)
     source = next(s for s in library.sources if s.index.manifest.id == index.manifest.id)

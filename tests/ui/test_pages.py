@@ -111,6 +111,18 @@ def test_the_finding_stands_on_its_latents_page(client: TestClient, world: World
     assert client.get(f"{world.base}/latents/5.json").json()["findings"] == []
 
 
+def test_the_map_has_every_latent_that_fires(client: TestClient, world: World) -> None:
+    alive = set(np.flatnonzero(world.source.index.densities > 0).tolist())
+    structure = client.get(f"{world.base}.json").json()["structure"]
+    assert {point["latent"] for point in structure["points"]} == alive
+    assert structure["kinds"]["dead"] == 96 - len(alive)
+    page = client.get(world.base).text
+    assert page.count('class="spot') == len(alive)
+    assert client.get(f"{world.base}/latents/0.json").json()["structure"]["kinds"] == ["dead"]
+    assert client.get(f"{world.empty}.json").json()["structure"] is None
+    assert "unbraid structure --index empty" in client.get(world.empty).text
+
+
 def test_the_table_sorts_and_filters_as_the_index_would(client: TestClient, world: World) -> None:
     densities = world.source.index.densities
     rows = client.get(f"{world.base}.json?sort=-density&least=0.001").json()["table"]["rows"]

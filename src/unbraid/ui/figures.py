@@ -99,7 +99,10 @@ def _point(dose: float, value: Interval) -> Point:
 
 
 def scatter_map(points: Sequence[Mapping[str, Any]], key: str) -> Markup:
-    """A map of latents: each a link to its page, coloured by its group."""
+    """A map of latents: each a link to its page, coloured by its group.
+
+    The links are for the pointer; whoever uses the keyboard has the table of all latents.
+    """
     if not points:
         return Markup("")
     xs, ys = [float(p["x"]) for p in points], [float(p["y"]) for p in points]
@@ -108,19 +111,21 @@ def scatter_map(points: Sequence[Mapping[str, Any]], key: str) -> Markup:
     size = 560
     marks = [
         Markup(
-            '<a href="/i/{}/latents/{}"><circle class="spot c{}" cx="{:.1f}" cy="{:.1f}" r="{}" data-v="{}"/>'
+            '<a href="/i/{}/latents/{}" tabindex="-1" aria-label="{}">'
+            '<circle class="spot c{}" cx="{:.1f}" cy="{:.1f}" r="{}" data-v="{}"/>'
             "</a>"
         ).format(
             key,
             p["latent"],
+            p["name"],
             int(p.get("group", 0)) % 6,
             8 + (x - left) / scale * (size - 16),
             8 + (bottom + scale - y) / scale * (size - 16),
             3 if len(points) > 800 else 4,
-            p.get("name") or f"latent {p['latent']}",
+            p["name"],
         )
         for p, x, y in zip(points, xs, ys, strict=True)
     ]
-    return Markup('<svg class="chart map" viewBox="0 0 {} {}" aria-label="map of latents">{}</svg>').format(
-        size, size, Markup("").join(marks)
-    )
+    return Markup(
+        '<svg class="chart map" viewBox="0 0 {} {}" role="group" aria-label="map of latents">{}</svg>'
+    ).format(size, size, Markup("").join(marks))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from unbraid.features.structure import Structure
 from unbraid.ui.library import Source
 
 MOST_POINTS = 3000
@@ -22,46 +25,52 @@ def overview(source: Source) -> dict[str, Any] | None:
     structure = source.structure
     if structure is None:
         return None
-    table = structure.table("latents")
-    x, y = (table[name].to_numpy().astype(np.float64) for name in ("x", "y"))
-    clusters = table["clusters"].to_pylist()
-    groups = _groups(source)
-    colour = {group["latent"]: number + 1 for number, group in enumerate(groups[:COLOURS])}
-    placed = np.flatnonzero(np.isfinite(x) & np.isfinite(y))
-    drawn = placed
-    if len(placed) > MOST_POINTS:
-        drawn = np.sort(np.random.default_rng(0).choice(placed, MOST_POINTS, replace=False))
-    labels = source.labels.current(drawn.tolist())
-    points = [
-        {
-            "latent": j,
-            "x": float(x[j]),
-            "y": float(y[j]),
-            "group": colour.get(clusters[j][0], 0) if clusters[j] else 0,
-            "name": f"{j}: {labels[j].text}" if j in labels else f"latent {j}",
-        }
-        for j in drawn.tolist()
+    groups, points, alive = _drawn(structure.folder)
+    labels = source.labels.current([point["latent"] for point in points])
+    named = [
+        point | {"name": f"{j}: {labels[j].text}" if (j := point["latent"]) in labels else f"latent {j}"}
+        for point in points
     ]
     some = (
-        f"{len(points):,} of {len(placed):,} latents, drawn at random" if len(points) < len(placed) else "All"
+        "All latents that fire"
+        if len(points) == alive
+        else f"{len(points):,} of {alive:,} latents, at random"
     )
     return {
         "id": structure.manifest.id,
         "kinds": structure.manifest.facts["kinds"],
         "how": structure.manifest.facts["map"],
-        "note": f"{some} by {structure.manifest.facts['map']}; colours are the largest groups.",
+        "note": f"{some}, placed by {structure.manifest.facts['map']}; the largest groups have colours.",
         "groups": groups,
-        "points": points,
+        "points": named,
     }
 
 
-def _groups(source: Source) -> list[dict[str, Any]]:
-    assert source.structure is not None
-    rows = [row for row in source.structure.table("clusters").to_pylist() if row["level"] == 0]
+@lru_cache(maxsize=8)
+def _drawn(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
+    """The largest groups, the points of the map, and how many latents have a place; it never changes."""
+    structure = Structure(folder)
+    rows = [row for row in structure.table("clusters").to_pylist() if row["level"] == 0]
     rows.sort(key=lambda row: (-row["size"], row["cluster"]))
-    return [
+    groups = [
         {"latent": row["cluster"], "size": row["size"], "tokens": row["tokens"]} for row in rows[:MOST_GROUPS]
     ]
+    colour = {group["latent"]: number + 1 for number, group in enumerate(groups[:COLOURS])}
+    table = structure.table("latents")
+    placed = np.flatnonzero(np.isfinite(table["x"].to_numpy().astype(np.float64)))
+    drawn = placed
+    if len(placed) > MOST_POINTS:
+        drawn = np.sort(np.random.default_rng(0).choice(placed, MOST_POINTS, replace=False))
+    points = [
+        {
+            "latent": row["latent"],
+            "x": row["x"],
+            "y": row["y"],
+            "group": colour.get(row["clusters"][0], 0) if row["clusters"] else 0,
+        }
+        for row in table.take(drawn).to_pylist()
+    ]
+    return groups, points, len(placed)
 
 
 def place(source: Source, latent: int) -> dict[str, Any] | None:
