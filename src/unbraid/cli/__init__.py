@@ -46,6 +46,7 @@ VERBS: dict[str, Verb] = {
     "structure": Verb(
         "unbraid.cli.structure", "kinds of latents, clusters, opposites, a map, and what a wider SAE splits"
     ),
+    "export": Verb("unbraid.cli.export", "write an index as files of Neuronpedia, SAEDashboard or delphi"),
     "validate": Verb("unbraid.cli.validate", "edit latents and measure what that changes, beside controls"),
     "browse": Verb(
         "unbraid.cli.browse", "look at indexes, findings and labels in a browser; try text, steer"
