@@ -1,15 +1,14 @@
-"""Labels where the truth is known: do scorers prefer true descriptions, and what are explainers' labels worth?
+"""Labels where the truth is known: do scorers prefer true descriptions, and what are labels worth?
 
     make bench NAME=labels JSON=out.json
     python benchmarks/labels.py --steps 300 --conversations 600     # a smaller one
 
-Autoencoders are trained on the practice assistant, at each of `--sites`.  For every planted concept that has a
-pure latent, its true description, written beforehand from the world's word lists, is ranked among twenty wrong
-ones by each scorer with the lexical judge, which needs no language model and understands no language: it looks
-for the words that a description quotes.  Then the lexical explainer and a language model label the same
-latents, and the labels' detection scores are compared.  The language model is one of three million parameters
-behind a local OpenAI-compatible server; it shows that the way through an endpoint works, not what a capable
-model could say.
+Autoencoders are trained on the practice assistant, at each of `--sites`.  For every planted concept that has
+a pure latent, its true description, written beforehand from the world's word lists, is ranked among twenty
+wrong ones by each scorer with the lexical judge, which understands no language: it looks for the words that a
+description quotes.  Then the lexical explainer and a language model label the same latents, and the labels'
+detection scores are compared.  The language model is one of three million parameters behind a local
+OpenAI-compatible server; it shows that the way through an endpoint works, not what a capable one could say.
 """
 
 from __future__ import annotations
@@ -107,10 +106,9 @@ def main() -> None:
             calls = Calls(work / f"calls {number}.sqlite")
             config = EndpointConfig(url, "tinystories-chat-3m", max_tokens=NEW_TOKENS, concurrency=1)
             llm = LLM(Endpoint(config, calls))
-            report = practice_labels(
-                detect(sae).load(), lm, work / f"index {number}", sae_id=f"{number}", count=given.conversations,
-                llms=[llm],
-            )  # fmt: skip
+            index, count = work / f"index {number}", given.conversations
+            loaded = detect(sae).load()
+            report = practice_labels(loaded, lm, index, sae_id=f"{number}", count=count, llms=[llm])
             reports.append(report)
             found.row(f"unread_replies_{number}", llm.unread.twice, "replies")
     measured(found, reports)
