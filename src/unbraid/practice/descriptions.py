@@ -101,7 +101,13 @@ _SENTENCES: Mapping[str, tuple[str, Sequence[str]]] = {
     **{f"cue.{c}=yes": (f"{c} in a medical question: it holds", CUES[c][1]) for c in CUES},
     **{f"cue.{c}=no": (f"{c} in a medical question: it does not hold", CUES[c][2]) for c in CUES},
     **{f"cue.{c}": (f"{c} in a medical question", (*CUES[c][0], *CUES[c][1], *CUES[c][2])) for c in CUES},
-    **{f"intent=triage {level}": (f"an ailment for: {level}", lex.TRIAGE[level]) for level in lex.TRIAGE},
+    **{
+        f"intent=triage {level}": (
+            "a question what to do about an ailment",
+            ("Where should I go?", "What should I do?", "Who should I see?"),
+        )
+        for level in lex.TRIAGE
+    },
 }
 """Whole sentences: what they say, and the parts of them that do not change."""
 

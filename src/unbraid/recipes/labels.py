@@ -33,7 +33,7 @@ from unbraid.recipes.concepts import document, practice_concepts
 from unbraid.sae.base import SAE
 from unbraid.stats.bootstrap import Interval, bootstrap_mean, rate
 
-PURE = 0.9
+PURE = 0.8
 """Share of a latent's firings on its concept from which it counts as pure."""
 WRONG = 20
 """Wrong descriptions beside each true one."""
@@ -102,10 +102,10 @@ def practice_labels(
 ) -> LabelReport:
     """Rank descriptions of planted concepts, and let explainers label their latents.
 
-    Concepts are looked for in `count` conversations of the world's test split, latents are indexed in as many
-    of its fit split, into the folder `out`.  The lexical explainer and each of `llms` label the latents of all
-    ranked concepts, judged by `judge`, the lexical one when left out.  Raises UserError where no concept has a
-    pure latent.
+    Concepts are looked for in `count` conversations of the world's test split, latents are indexed in as
+    many of its fit split, into the folder `out`.  The lexical explainer and each of `llms` label the latents
+    of all ranked concepts, judged by `judge`, the lexical one when left out.  Raises UserError where no
+    concept has a pure latent.
     """
     judge = judge or LexicalJudge()
     _, found = practice_concepts(sae, lm, conversations=count, seed=seed, progress=progress)
@@ -211,6 +211,7 @@ def labeller(
     values = [_value(next(scores)) if e.text else 0.5 for e in explanations]
     return {
         "detection": bootstrap_mean(values, range(len(values)), 0).within(0, 1).as_dict(),
+        "values": values,
         "labelled": len(labelled),
         "latents": len(values),
         "labels": {str(one.latent): e.text for e, one in zip(explanations, evidence, strict=True)},

@@ -24,7 +24,7 @@ from unbraid.manifest.errors import UserError
 
 CANDIDATES = 30
 """Words that are tried."""
-MOST = 6
+MOST = 8
 """Words that a label may name."""
 GAIN = 0.02
 """What a further word has to add to the hit rate less the false alarm rate."""
