@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +14,21 @@ import torch
 
 from unbraid.activations.documents import Document
 from unbraid.activations.text import windows
+from unbraid.features import weights
 from unbraid.features.geometry import logit_effects, promoted_and_suppressed
 from unbraid.features.index import IndexConfig, build_index
 from unbraid.features.page import Index
+from unbraid.features.stretches import class_of
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.record import check_files
 from unbraid.model.load import LanguageModel, load_model
 from unbraid.model.read import read_sites
 from unbraid.model.unembed import norm_weight
-from unbraid.sae.base import SAE
+from unbraid.sae.base import SAE, SAEConfig
+from unbraid.sae.registry import build
 
 CONFIG = IndexConfig(
-    context=24, batch_tokens=100, top=5, quantiles=4, per_quantile=2, reservoir=30, window=3, same_context=3
+    context=24, batch_tokens=100, top=5, quantiles=4, per_group=2, reservoir=30, window=3, same_context=3, part=300
 )
 
 
@@ -85,21 +92,217 @@ def test_a_page_shows_the_strongest_examples_in_their_context(
         assert [lm.tokenizer.decode([token]) for token in shown][1:] == list(example.tokens)[1:]
 
 
-def test_examples_of_equal_contexts_collapse(index: Index) -> None:
+def test_examples_of_equal_contexts_collapse(
+    index: Index, sae: SAE, lm: LanguageModel, tmp_path: Path
+) -> None:
+    """Top examples that are copies of one another were another tool's fault."""
     for latent in range(0, index.d_sae, 12):
         shown = [example.tokens for example in index.latent(latent).top]
         assert len(set(shown)) == len(shown) > 0
+    same = ["there were 12 red balls in a pan", "There were 48 red balls in a pan"]
+    documents = [Document.of_text(text, id=str(n)) for n, text in enumerate(same)]
+    made = build_index(sae, lm, documents, CONFIG, tmp_path / "index", sae_id="x")
+    tails = [window[-4:] > 0 for window in _codes(sae, lm, documents)]
+    both = np.flatnonzero(tails[0].any(axis=0) & tails[1].any(axis=0))
+    assert len(both)  # these fire in both copies
+    for latent in range(made.d_sae):
+        contexts: list[tuple[int, ...]] = []
+        for e in made.latent(latent).top:
+            at, reach = e.position - e.start, CONFIG.same_context
+            contexts.append(tuple(class_of(t) for t in e.tokens[max(at - reach, 0) : at + reach + 1]))
+        assert len(set(contexts)) == len(contexts)
 
 
-def test_quantiles_and_intervals_are_ordered(index: Index) -> None:
-    page = index.latent(int(np.argmax(index.densities)))
-    assert [len(group) for group in page.quantiles] == [2, 2, 2, 2]
-    for low, high in zip(page.quantiles, page.quantiles[1:], strict=False):
-        assert max(example.value for example in low) <= min(example.value for example in high)
-    intervals = page.intervals(4)
-    for number, group in enumerate(intervals):
-        assert all(number / 4 <= example.value / page.max <= (number + 1) / 4 for example in group)
-    assert page.top[0] in intervals[-1]
+def _values(sae: SAE, lm: LanguageModel, documents: list[Document], latent: int) -> np.ndarray:
+    codes = np.concatenate(_codes(sae, lm, documents))[:, latent]
+    return codes[codes > 0]
+
+
+def test_groups_say_what_they_contain(
+    index: Index, sae: SAE, lm: LanguageModel, documents: list[Document]
+) -> None:
+    """Shares are counts of all firings; 'quantiles' that are no quantiles were another tool's fault."""
+    latent = int(np.argmax(index.densities))
+    page, values = index.latent(latent), _values(sae, lm, documents, latent)
+    assert page.count == len(values) > 100
+    for groups in (page.quantiles, page.intervals):
+        assert sum(group.count for group in groups) == page.count
+        assert sum(group.share for group in groups) == pytest.approx(1)
+        for number, group in enumerate(groups):
+            last = number == len(groups) - 1
+            inside = (values >= group.low) & ((values < group.high) | last)
+            # A value within rounding of an edge may fall on either side of it in another batch.
+            near = np.isclose(values, group.low, 1e-5) | np.isclose(values, group.high, 1e-5)
+            assert abs(int(inside.sum()) - group.count) <= near.sum()
+            assert 1 <= len(group.examples) <= CONFIG.per_group
+            assert all(group.low <= e.value <= group.high for e in group)
+            assert [e.value for e in group] == sorted((e.value for e in group), reverse=True)
+        assert all(a.high == b.low for a, b in pairwise(page.quantiles))
+    assert len(page.quantiles) == 4
+    assert all(abs(group.share - 0.25) < 0.06 for group in page.quantiles)
+    widths = {round(g.high - g.low, 5) for g in page.intervals[:-1]}
+    assert widths == {round(page.histogram_top / 16, 5)}
+    assert page.intervals[-1].high == pytest.approx(values.max(), rel=1e-4)
+
+
+def test_examples_of_groups_are_samples_and_no_top_examples_again(index: Index) -> None:
+    """Drawn from all firings of a group, not re-sorted from the strongest."""
+    top, sampled = set(), set()
+    for latent in range(index.d_sae):
+        page = index.latent(latent)
+        top |= {(latent, e.document, e.position) for e in page.top}
+        sampled |= {(latent, e.document, e.position) for group in page.intervals for e in group}
+    assert len(sampled - top) > len(sampled) / 2
+
+
+def test_tokens_are_counted_over_all_firings(
+    index: Index, sae: SAE, lm: LanguageModel, documents: list[Document]
+) -> None:
+    """Not over the weakest ones, and not over the examples."""
+    fired: dict[int, Counter[int]] = {j: Counter() for j in range(index.d_sae)}
+    occurrences: Counter[int] = Counter()
+    codes = iter(_codes(sae, lm, documents))
+    for document in documents:
+        for window in windows(lm, document, CONFIG.context):
+            dense = next(codes)
+            for token, row in zip(window.input_ids, dense, strict=True):
+                occurrences[token] += bool(row.any())
+                for j in np.flatnonzero(row):
+                    fired[int(j)][token] += 1
+    for latent in range(0, index.d_sae, 7):
+        page = index.latent(latent)
+        assert {t.id: t.firings for t in page.tokens} == dict(fired[latent])
+        assert page.distinct_tokens == len(fired[latent])
+        assert [t.firings for t in page.tokens] == sorted(fired[latent].values(), reverse=True)
+        for use in page.tokens:
+            assert use.share == use.firings / page.count
+            assert use.of_token == use.firings / occurrences[use.id]
+            assert use.token == lm.tokenizer.decode([use.id])
+
+
+def test_each_token_is_stored_once(index: Index, lm: LanguageModel, documents: list[Document]) -> None:
+    wanted = [w.input_ids for document in documents for w in windows(lm, document, CONFIG.context)]
+    assert [tuple(row["tokens"]) for row in index.query("SELECT tokens FROM passages ORDER BY passage")] == wanted
+    assert index.manifest.facts["windows"] == len(wanted)
+    for table in ("examples", "latents"):
+        assert "tokens" not in index.query(f"SELECT * FROM {table} LIMIT 1")[0]
+
+
+def test_co_activation_is_a_short_list_that_is_right(
+    index: Index, sae: SAE, lm: LanguageModel, documents: list[Document]
+) -> None:
+    """No F × F matrix is made; what is listed has the counts of one."""
+    fires = np.concatenate(_codes(sae, lm, documents)) > 0
+    together = fires.T.astype(int) @ fires
+    assert index.manifest.facts["coactive"] == {"tokens": index.n_tokens, "level": 0, "exact": True}
+    for latent in range(0, index.d_sae, 12):
+        near = [n for n in index.latent(latent).neighbours if n.kind == "coactive"]
+        own = together[latent, latent]
+        jaccard = together[latent] / (own + np.diag(together) - together[latent])
+        jaccard[latent] = -1
+        assert near[0].value == pytest.approx(jaccard.max())
+        for n in near:
+            assert (n.together, n.own, n.other) == (
+                together[latent, n.latent], own, together[n.latent, n.latent],
+            )  # fmt: skip
+            assert n.value == pytest.approx(jaccard[n.latent])
+            ratio = n.together * index.n_tokens / (n.own * n.other)
+            assert n.pmi == pytest.approx(np.log(ratio), rel=1e-5, abs=1e-6)
+
+
+def test_neighbours_are_nearest_by_cosine(index: Index, sae: SAE) -> None:
+    rows = torch.nn.functional.normalize(sae.W_dec.detach(), dim=1)
+    cosines = (rows @ rows.T).fill_diagonal_(-2)
+    for latent in range(0, index.d_sae, 12):
+        for kind in ("decoder", "encoder"):  # the encoder is the decoder's transpose here
+            near = [n for n in index.latent(latent).neighbours if n.kind == kind]
+            best = cosines[latent].topk(10)
+            assert [n.latent for n in near] == best.indices.tolist()
+            assert [n.value for n in near] == pytest.approx(best.values.tolist(), rel=1e-5)
+            assert {n.sae for n in near} == {None}
+
+
+def test_neighbours_are_searched_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    own, theirs = (torch.randn(n, 8, generator=generator) for n in (50, 70))
+    whole = weights.nearest(own, None, 5), weights.nearest(own, theirs, 5)
+    monkeypatch.setattr(weights, "ROWS", 16)
+    monkeypatch.setattr(weights, "COLUMNS", 9)
+    blocks = weights.nearest(own, None, 5), weights.nearest(own, theirs, 5)
+    for one, other in zip(whole, blocks, strict=True):
+        np.testing.assert_array_equal(one[0], other[0])
+        np.testing.assert_allclose(one[1], other[1], rtol=1e-5)
+
+
+def test_neighbours_in_other_autoencoders(
+    sae: SAE, lm: LanguageModel, documents: list[Document], tmp_path: Path
+) -> None:
+    other = build(SAEConfig("topk", lm.d_in, 40, k=4))
+    with torch.no_grad():
+        other.W_dec.copy_(sae.W_dec[10:50])
+        other.W_enc.copy_(sae.W_enc[:, 20:60])
+    made = build_index(
+        sae, lm, documents[:3], CONFIG, tmp_path / "index", sae_id="one", beside=[(other, "another")]
+    )
+    beside = {n.kind: n for n in reversed(made.latent(30).neighbours) if n.sae == "another"}
+    assert beside["decoder"].latent == 20 and beside["encoder"].latent == 10
+    assert beside["decoder"].value == pytest.approx(1)
+    narrow = build(SAEConfig("topk", 8, 40, k=4))
+    with pytest.raises(UserError, match="8 dimensions"):
+        build_index(sae, lm, documents[:3], CONFIG, tmp_path / "no", sae_id="one", beside=[(narrow, "n")])
+
+
+def test_positions_and_strata(sae: SAE, lm: LanguageModel, documents: list[Document], tmp_path: Path) -> None:
+    named = [replace(d, stratum="chat" if d.messages else "text") for d in documents]
+    index = build_index(sae, lm, named, CONFIG, tmp_path / "index", sae_id="an autoencoder")
+    codes = _codes(sae, lm, documents)
+    of = ["chat" if d.messages else "text" for d in documents for _ in windows(lm, d, CONFIG.context)]
+    for latent in range(0, index.d_sae, 12):
+        page, places = index.latent(latent), np.concatenate([np.flatnonzero(c[:, latent]) for c in codes])
+        assert page.positions is not None
+        assert page.positions.mean == pytest.approx(places.mean())
+        assert page.positions.sd == pytest.approx(places.std(), abs=1e-9)
+        first = [int(np.flatnonzero(c.any(axis=1))[0]) for c in codes if c.any()]
+        starts = sum(bool(c[f, latent]) for c, f in zip([c for c in codes if c.any()], first, strict=True))
+        assert page.positions.first == pytest.approx(starts / page.count)
+        assert [s.name for s in page.strata] == ["chat", "text"]
+        for stratum in page.strata:
+            mine = [c for c, name in zip(codes, of, strict=True) if name == stratum.name]
+            assert stratum.firings == sum(int((c[:, latent] > 0).sum()) for c in mine)
+            assert stratum.tokens == sum(int(c.any(axis=1).sum()) for c in mine)
+            assert stratum.frequency == stratum.firings / stratum.tokens
+    assert index.manifest.facts["strata"][0] == {"name": "chat", "documents": 6, "tokens": page.strata[0].tokens}
+
+
+def test_logit_effects_are_counted(index: Index, sae: SAE, lm: LanguageModel) -> None:
+    effects = logit_effects(sae, lm, [5])[0].numpy()
+    found = index.latent(5).logits
+    assert found is not None and sum(found.counts) == len(effects)
+    assert (found.low, found.high) == (effects.min(), effects.max())
+    expected, _ = np.histogram(effects, len(found.counts), (found.low, found.high))
+    assert np.abs(np.array(found.counts) - expected).sum() <= 2  # a value on an edge
+
+
+def test_a_page_is_json(index: Index) -> None:
+    record = json.loads(json.dumps(index.latent(3).as_dict(), allow_nan=False))
+    assert record["latent"] == 3 and record["quantiles"][0]["examples"][0]["tokens"]
+    assert record["promoted"][0].keys() == {"token", "logit"}
+
+
+def test_a_dead_latent_has_a_page(
+    sae: SAE, lm: LanguageModel, documents: list[Document], tmp_path: Path
+) -> None:
+    dead = build(SAEConfig("topk", lm.d_in, 96, k=6))
+    with torch.no_grad():
+        dead.W_dec.copy_(sae.W_dec)
+        dead.W_enc.copy_(sae.W_enc)
+        dead.W_enc[:, 7] = 0
+        dead.b_enc[7] = -1e6
+    site = sae.site
+    page = build_index(dead, lm, documents, CONFIG, tmp_path / "i", sae_id="d", site=site).latent(7)
+    assert page.count == 0 and page.max == 0 and page.mean == 0 and page.positions is None
+    assert page.quantiles == page.intervals == page.top == page.tokens == ()
+    json.dumps(page.as_dict(), allow_nan=False)
 
 
 def test_the_same_corpus_gives_the_same_bytes(
@@ -110,26 +313,6 @@ def test_the_same_corpus_gives_the_same_bytes(
     )
     assert again.manifest.id == index.manifest.id
     assert check_files(again.folder).files == index.manifest.files
-
-
-def test_a_killed_build_leaves_nothing_and_the_next_one_starts_afresh(
-    index: Index, sae: SAE, lm: LanguageModel, documents: list[Document], tmp_path: Path
-) -> None:
-    class Killed(Exception):
-        pass
-
-    def stop(done: int, total: int, note: str = "") -> None:
-        if done > 100:
-            raise Killed
-
-    out = tmp_path / "index"
-    with pytest.raises(Killed):
-        build_index(sae, lm, documents, CONFIG, out, sae_id="an autoencoder", progress=stop)
-    assert not out.exists()
-    rebuilt = build_index(sae, lm, documents, CONFIG, out, sae_id="an autoencoder", command="a command")
-    assert rebuilt.manifest.files == index.manifest.files
-    with pytest.raises(UserError, match="exists already"):
-        build_index(sae, lm, documents, CONFIG, out, sae_id="an autoencoder")
 
 
 def test_a_budget_of_tokens_stops_the_pass(
@@ -175,9 +358,6 @@ def test_promoted_tokens_are_those_whose_logits_rise(fixture: str, request: pyte
     scale, centred = norm_weight(lm.layout.final_norm, lm.d_in)
     torch.testing.assert_close(scale, weight.detach(), rtol=1e-3, atol=1e-4)
     assert centred == (fixture == "tiny_gpt2")
-
-    from unbraid.sae.base import SAEConfig
-    from unbraid.sae.registry import build
 
     sae = build(SAEConfig(architecture="relu", d_in=lm.d_in, d_sae=3))
     generator = torch.Generator().manual_seed(1)

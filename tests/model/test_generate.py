@@ -163,3 +163,24 @@ def test_a_trained_model_tells_the_story_the_library_does(shared_models: Path, n
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False
         )
         assert list(reply.token_ids) == [t for t in there[0, ids.shape[1] :].tolist() if t not in lm.eos_ids]
+
+
+def test_each_token_is_told_as_it_is_drawn_and_may_end_it_all(llama: LanguageModel) -> None:
+    prompts = [[{"role": "user", "content": text}] for text in ("one", "two two two two", "three")]
+    told: dict[int, list[int]] = {}
+
+    def on_token(prompt: int, token: int) -> None:
+        told.setdefault(prompt, []).append(token)
+
+    replies = generate(llama, prompts, max_new_tokens=5, batch_size=2, on_token=on_token)
+    for number, reply in enumerate(replies):
+        ended = told[number][len(reply.token_ids) :]
+        assert told[number][: len(reply.token_ids)] == list(reply.token_ids)
+        assert len(ended) == int(reply.finished)
+    assert replies == generate(llama, prompts, max_new_tokens=5, batch_size=2)
+
+    def stop(_: int, __: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(llama, prompts, max_new_tokens=5, on_token=stop)

@@ -12,7 +12,8 @@ import jinja2
 import pytest
 from markupsafe import Markup
 
-from unbraid.recipes.report import ReportSummary, alpha, render_report, visible
+from unbraid.recipes.report import ReportSummary, render_report
+from unbraid.ui.text import alpha, visible
 
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>"
 HEBREW = "שלום, הוא אמר \u202eevil\u202c"

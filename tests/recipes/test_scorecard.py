@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unbraid.recipes.charts import Bar, Point, Series, bars, scatter
 from unbraid.recipes.scorecard import front
+from unbraid.ui.charts import Bar, Point, Series, bars, scatter
 
 POINTS = st.lists(st.tuples(st.floats(1, 100), st.floats(0, 1)), min_size=1, max_size=12)
 

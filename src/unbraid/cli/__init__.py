@@ -40,8 +40,17 @@ VERBS: dict[str, Verb] = {
     "sweep": Verb("unbraid.cli.sweep", "train many autoencoders at once and compare them on held-out text"),
     "evaluate": Verb("unbraid.cli.evaluate", "measure an autoencoder: reconstruction, sparsity, behaviour"),
     "index": Verb("unbraid.cli.index", "say what every latent does over a corpus"),
+    "label": Verb("unbraid.cli.label", "say what latents mean, score the labels, and review them"),
     "find": Verb("unbraid.cli.find", "find the latents that separate two sets of documents"),
+    "search": Verb("unbraid.cli.search", "search an index by words, meaning, a text, a direction or numbers"),
+    "structure": Verb(
+        "unbraid.cli.structure", "kinds of latents, clusters, opposites, a map, and what a wider SAE splits"
+    ),
+    "export": Verb("unbraid.cli.export", "write an index as files of Neuronpedia, SAEDashboard or delphi"),
     "validate": Verb("unbraid.cli.validate", "edit latents and measure what that changes, beside controls"),
+    "browse": Verb(
+        "unbraid.cli.browse", "look at indexes, findings and labels in a browser; try text, steer"
+    ),
     "convert": Verb(
         "unbraid.cli.convert", "bring another tool's autoencoder in, or take one to another tool"
     ),

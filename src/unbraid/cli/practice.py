@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from unbraid.cli.planted import Judge, Planted, plant, weigh
+from unbraid.cli.planted_labels import PlantedLabels, rank_descriptions
 from unbraid.cli.progress import shown
 from unbraid.manifest.errors import IntegrityError, UserError
 from unbraid.manifest.files import building, write_json, write_text
@@ -111,10 +112,13 @@ Options = (
     | Annotated[Concepts, tyro.conf.subcommand("concepts")]
     | Annotated[Planted, tyro.conf.subcommand("planted")]
     | Annotated[Judge, tyro.conf.subcommand("judge")]
+    | Annotated[PlantedLabels, tyro.conf.subcommand("labels")]
 )
 
 
-def run(options: Train | Verify | Write | Superposition | Concepts | Planted | Judge) -> None:
+def run(
+    options: Train | Verify | Write | Superposition | Concepts | Planted | Judge | PlantedLabels,
+) -> None:
     """Carry out one of the verbs of `unbraid practice`."""
     if isinstance(options, Train):
         _train(options)
@@ -128,6 +132,8 @@ def run(options: Train | Verify | Write | Superposition | Concepts | Planted | J
         _superposition(options)
     elif isinstance(options, Planted):
         plant(options)
+    elif isinstance(options, PlantedLabels):
+        rank_descriptions(options)
     else:
         weigh(options)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -27,26 +29,34 @@ def logit_effects(sae: SAE, lm: LanguageModel, latents: Sequence[int]) -> Tensor
     return direct_effects(lm, sae.W_dec.detach()[list(latents)])
 
 
+def strongest(
+    lm: LanguageModel, effects: Tensor, tokens: int, sign: int
+) -> tuple[list[list[str]], list[list[float]]]:
+    """For each row of effects (n, vocab) its `tokens` highest, or lowest where sign is −1: as text, and how
+    high."""
+    found = (effects * sign).topk(min(tokens, effects.shape[1]), dim=1)
+    words = [[piece(lm, token) for token in row] for row in found.indices.tolist()]
+    return words, (found.values * sign).tolist()
+
+
 def promoted_and_suppressed(
     sae: SAE, lm: LanguageModel, latents: Sequence[int], *, tokens: int = 10
 ) -> list[tuple[tuple[TokenEffect, ...], tuple[TokenEffect, ...]]]:
     """For each latent its `tokens` most promoted and most suppressed output tokens, strongest first."""
     effects = logit_effects(sae, lm, latents)
-    tokens = min(tokens, effects.shape[1])
-    highest, lowest = effects.topk(tokens, dim=1), (-effects).topk(tokens, dim=1)
-    result: list[tuple[tuple[TokenEffect, ...], tuple[TokenEffect, ...]]] = []
-    for row in range(len(effects)):
-        up = zip(highest.indices[row].tolist(), highest.values[row].tolist(), strict=True)
-        down = zip(lowest.indices[row].tolist(), lowest.values[row].tolist(), strict=True)
-        result.append(
-            (
-                tuple(TokenEffect(piece(lm, token), float(logit)) for token, logit in up),
-                tuple(TokenEffect(piece(lm, token), -float(logit)) for token, logit in down),
-            )
-        )
-    return result
+    both = [
+        [tuple(map(TokenEffect, *row)) for row in zip(*strongest(lm, effects, tokens, sign), strict=True)]
+        for sign in (1, -1)
+    ]
+    return list(zip(*both, strict=True))
+
+
+_pieces: weakref.WeakKeyDictionary[Any, dict[int, str]] = weakref.WeakKeyDictionary()
 
 
 def piece(lm: LanguageModel, token: int) -> str:
     """One token as text; a lone byte of a longer character shows as the replacement sign."""
-    return str(lm.tokenizer.decode([token]))
+    known = _pieces.setdefault(lm.tokenizer, {})
+    if token not in known:
+        known[token] = str(lm.tokenizer.decode([token]))
+    return known[token]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from unbraid.features.geometry import TokenEffect
+from unbraid.features.groups import Edges, intervals_of, quantiles_of
+from unbraid.features.tables import LAYOUT, SCHEMAS, Passages, Table
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.record import Manifest, read_manifest
 
-TABLES = ("passages", "vocabulary", "latents", "examples")
+TOKENS = 50
+"""Tokens on a page, of those that a latent fires on."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,107 @@ class Example:
     """The tokens around the firing, as text."""
     activations: tuple[float, ...]
     """The latent's activation at each of these tokens."""
+    token_ids: tuple[int, ...] = ()
+    """Their numbers in the vocabulary."""
+    passage: int = 0
+    """The window of the text that they are from."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The firings with activations in [low, high), and a uniform sample of them."""
+
+    low: float
+    """Least activation."""
+    high: float
+    """Where the next group begins; the largest activation for the last group, which holds it."""
+    count: int
+    """Exact number of firings in it."""
+    share: float
+    """Their share of all the latent's firings."""
+    examples: tuple[Example, ...]
+    """A uniform sample of its firings, strongest first."""
+
+    def __iter__(self) -> Iterator[Example]:
+        return iter(self.examples)
+
+
+@dataclass(frozen=True)
+class TokenUse:
+    """A token that a latent fires on, counted over all firings."""
+
+    token: str
+    """The token as text."""
+    id: int
+    """Its number in the vocabulary."""
+    firings: int
+    """How often the latent fired on it."""
+    share: float
+    """Share of the latent's firings."""
+    of_token: float
+    """Share of the token's occurrences."""
+
+
+@dataclass(frozen=True)
+class PositionUse:
+    """Where in a window of text a latent fires; position 0 is the window's first token."""
+
+    mean: float
+    """Mean position of its firings."""
+    sd: float
+    """Their standard deviation."""
+    first: float
+    """Share of its firings that are on a window's first counted token."""
+    octaves: tuple[int, ...]
+    """Firings at positions 0, 1, 2–3, 4–7, 8–15 …"""
+
+
+@dataclass(frozen=True)
+class StratumUse:
+    """How often a latent fires in one kind of document."""
+
+    name: str
+    """The documents' stratum; empty for those that have none."""
+    tokens: int
+    """Counted tokens of this stratum."""
+    firings: int
+    """On how many of them it fires."""
+    frequency: float
+    """Their share."""
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """Another latent that is like this one."""
+
+    kind: str
+    """decoder, encoder: by the cosine of their weights. coactive: they fire on the same tokens."""
+    latent: int
+    """Its number."""
+    sae: str | None
+    """Content id of the autoencoder that it belongs to; None for this one."""
+    value: float
+    """Cosine; for coactive latents the Jaccard index of the tokens on which they fire."""
+    pmi: float | None = None
+    """Pointwise mutual information of firing on a token, in nats (coactive only)."""
+    together: int | None = None
+    """Sampled tokens on which both fire (coactive only; the index's facts say how many were sampled)."""
+    own: int | None = None
+    """Sampled tokens on which this latent fires."""
+    other: int | None = None
+    """Sampled tokens on which the neighbour fires."""
+
+
+@dataclass(frozen=True)
+class LogitHistogram:
+    """Direct effects on the logits of all output tokens."""
+
+    counts: tuple[int, ...]
+    """Output tokens in bins of equal width."""
+    low: float
+    """Lower edge of the first bin: the least effect."""
+    high: float
+    """Upper edge of the last bin: the greatest effect."""
 
 
 @dataclass(frozen=True)
@@ -61,30 +166,42 @@ class LatentPage:
     """Output tokens that the decoder direction raises most."""
     suppressed: tuple[TokenEffect, ...]
     """Output tokens that it lowers most."""
+    logits: LogitHistogram | None
+    """How its effects on all output tokens are distributed."""
     top: tuple[Example, ...]
     """Strongest examples in different windows and contexts, strongest first."""
-    quantiles: tuple[tuple[Example, ...], ...]
-    """Sampled examples in groups of equal probability, weakest group first."""
+    quantiles: tuple[Group, ...]
+    """Firings cut at their quantiles into groups of about equal numbers, weakest first."""
+    intervals: tuple[Group, ...]
+    """Firings cut into intervals of equal width of activation, weakest first; empty ones are left out."""
+    distinct_tokens: int
+    """How many different tokens it fires on."""
+    tokens: tuple[TokenUse, ...]
+    """Those that it fires on most often."""
+    positions: PositionUse | None
+    """Where in a window it fires; None if it never does."""
+    strata: tuple[StratumUse, ...]
+    """How often it fires in each stratum of the corpus; empty where documents have none."""
+    neighbours: tuple[Neighbour, ...]
+    """Latents that are like it, by kind, nearest first."""
 
-    def intervals(self, groups: int = 5) -> tuple[tuple[Example, ...], ...]:
-        """The same examples in `groups` intervals of equal width between 0 and the maximum, weakest first."""
-        found: list[list[Example]] = [[] for _ in range(groups)]
-        seen: set[tuple[str, int]] = set()
-        for example in sorted(
-            (*self.top, *(e for group in self.quantiles for e in group)), key=lambda e: -e.value
-        ):
-            if (example.document, example.position) not in seen:
-                seen.add((example.document, example.position))
-                found[min(int(example.value / self.max * groups), groups - 1)].append(example)
-        return tuple(tuple(group) for group in found)
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+        return asdict(self)
 
 
 class Index:
-    """An index folder.  Raises UserError when the folder holds no index."""
+    """An index folder, open for reading by any number of threads.
+
+    Raises UserError when the folder holds no index, or one that an earlier version made.
+    """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         self.manifest: Manifest = read_manifest(self.folder, kind="index")
+        if self.manifest.facts.get("layout") != LAYOUT:
+            raise UserError(f"{self.folder} was made by another version of unbraid; index the corpus again")
+        self.passages = Passages(self.folder)
 
     @property
     def d_sae(self) -> int:
@@ -102,12 +219,19 @@ class Index:
         return pq.read_table(self.folder / "latents.parquet", columns=["density"])["density"].to_numpy()
 
     @cached_property
-    def _vocabulary(self) -> dict[int, str]:
+    def vocabulary(self) -> dict[int, tuple[str, int]]:
+        """Each token of the corpus by its number: its text, and how often it was counted."""
         table = pq.read_table(self.folder / "vocabulary.parquet")
-        return dict(zip(table["token"].to_pylist(), table["text"].to_pylist(), strict=True))
+        columns = (table[name].to_pylist() for name in ("token", "text", "occurrences"))
+        return {token: (text, count) for token, text, count in zip(*columns, strict=True)}
+
+    @cached_property
+    def _tables(self) -> dict[str, Table]:
+        return {name: Table(self.folder, name) for name in SCHEMAS}
 
     def query(self, sql: str, parameters: list[Any] | None = None) -> list[dict[str, Any]]:
-        """Rows of a DuckDB query over the views passages, vocabulary, latents and examples.
+        """Rows of a DuckDB query over the views passages, vocabulary, latents, weights, examples, tokens,
+        neighbours and coactive (see `tables`).
 
         Raises UserError when the query is not valid.
         """
@@ -123,52 +247,112 @@ class Index:
     @cached_property
     def _connection(self) -> duckdb.DuckDBPyConnection:
         connection = duckdb.connect()
-        for table in TABLES:
+        for table in (*SCHEMAS, "vocabulary"):
             connection.read_parquet(str(self.folder / f"{table}.parquet")).create_view(table)
+        connection.from_arrow(self.passages.all()).create_view("passages")
         return connection
 
     def latent(self, latent: int) -> LatentPage:
         """All that is known about one latent; raises UserError when there is no such latent."""
         if not 0 <= latent < self.d_sae:
             raise UserError(f"latent {latent} does not exist; this index holds latents 0 to {self.d_sae - 1}")
-        facts = self.query("SELECT * FROM latents WHERE latent = ?", [latent])[0]
-        rows = self.query(
-            "SELECT e.*, p.id, p.first, p.tokens FROM examples e JOIN passages p USING (passage) "
-            "WHERE e.latent = ? ORDER BY e.kind, e.quantile, e.rank",
-            [latent],
-        )
-        groups = int(self.manifest.facts["config"]["quantiles"])
+        facts, weights = (self._tables[name].rows(latent)[0] for name in ("latents", "weights"))
+        examples = self._tables["examples"].rows(latent)
+        top = [row for row in examples if row["kind"] == "top" and row["rank"] >= 0]
+        config = self.manifest.facts["config"]
+        count = facts["count"]
         return LatentPage(
             latent=latent,
-            count=facts["count"],
-            documents=facts["documents"],
-            density=facts["density"],
-            max=facts["max"],
-            mean=facts["mean"],
+            **{name: facts[name] for name in ("count", "documents", "density", "max", "mean")},
             histogram=tuple(facts["histogram"]),
             histogram_top=facts["histogram_top"],
-            promoted=_effects(facts["promoted"], facts["promoted_logits"]),
-            suppressed=_effects(facts["suppressed"], facts["suppressed_logits"]),
-            top=tuple(self._example(row) for row in rows if row["kind"] == "top"),
-            quantiles=tuple(
-                tuple(self._example(row) for row in rows if row["kind"] == "sample" and row["quantile"] == q)
-                for q in range(groups)
+            promoted=_effects(weights["promoted"], weights["promoted_logits"]),
+            suppressed=_effects(weights["suppressed"], weights["suppressed_logits"]),
+            logits=LogitHistogram(tuple(weights["logits"]), weights["logits_low"], weights["logits_high"]),
+            top=tuple(map(self._example, sorted(top, key=lambda row: row["rank"]))),
+            quantiles=self._groups(
+                quantiles_of(facts, config["quantiles"]),
+                [row for row in examples if row["kind"] == "sample"],
+                count,
             ),
+            intervals=self._groups(
+                intervals_of(facts), [row for row in examples if row["kind"] == "interval"], count
+            ),
+            distinct_tokens=facts["distinct_tokens"],
+            tokens=self.tokens_of(latent, count)[:TOKENS],
+            positions=_positions(facts),
+            strata=self._strata(facts["strata"]),
+            neighbours=self._neighbours(latent),
         )
 
+    def _groups(self, edges: Sequence[Edges], sample: list[dict[str, Any]], count: int) -> tuple[Group, ...]:
+        """Groups with at most `per_group` examples each: those that were drawn first."""
+        per_group = int(self.manifest.facts["config"]["per_group"])
+        sample = sorted(sample, key=lambda row: row["rank"])
+        groups: list[Group] = []
+        for number, (low, high, n) in enumerate(edges):
+            last = number == len(edges) - 1
+            inside = [r for r in sample if low <= r["value"] and (r["value"] < high or last)][:per_group]
+            shown = sorted(inside, key=lambda row: -row["value"])
+            groups.append(Group(low, high, n, n / count, tuple(map(self._example, shown))))
+        return tuple(groups)
+
+    def tokens_of(self, latent: int, count: int) -> tuple[TokenUse, ...]:
+        """Every token that a latent, which fired `count` times, fires on, the most frequent first."""
+        found: list[TokenUse] = []
+        for row in self._tables["tokens"].rows(latent):
+            text, occurrences = self.vocabulary[row["token"]]
+            n = row["firings"]
+            found.append(TokenUse(text, row["token"], n, n / count, n / occurrences))
+        return tuple(found)
+
+    def _strata(self, firings: list[int]) -> tuple[StratumUse, ...]:
+        known = self.manifest.facts["strata"]
+        return tuple(
+            StratumUse(s["name"], s["tokens"], n, n / max(s["tokens"], 1))
+            for s, n in zip(known, firings, strict=True)
+        )
+
+    def _neighbours(self, latent: int) -> tuple[Neighbour, ...]:
+        by_weights = [
+            Neighbour(row["kind"], row["neighbour"], row["sae"], row["cosine"])
+            for row in self._tables["neighbours"].rows(latent)
+        ]
+        coactive = [
+            Neighbour(
+                "coactive", r["neighbour"], None, r["jaccard"], r["pmi"], r["together"], r["own"], r["other"]
+            )
+            for r in self._tables["coactive"].rows(latent)
+        ]
+        return (*by_weights, *coactive)
+
     def _example(self, row: dict[str, Any]) -> Example:
-        tokens, activations, position = row["tokens"], row["activations"], row["position"]
+        passage = self.passages[row["passage"]]
+        tokens, activations, position = passage["tokens"], row["activations"], row["position"]
         window = len(activations) // 2
         start, stop = max(position - window, 0), min(position + window + 1, len(tokens))
         offset = start - (position - window)
         return Example(
-            document=row["id"],
-            position=row["first"] + position,
+            document=passage["id"],
+            position=passage["first"] + position,
             value=row["value"],
-            start=row["first"] + start,
-            tokens=tuple(self._vocabulary[token] for token in tokens[start:stop]),
+            start=passage["first"] + start,
+            tokens=tuple(self.vocabulary[token][0] for token in tokens[start:stop]),
             activations=tuple(activations[offset : offset + stop - start]),
+            token_ids=tuple(tokens[start:stop]),
+            passage=row["passage"],
         )
+
+
+def _positions(facts: dict[str, Any]) -> PositionUse | None:
+    n, total, squares = facts["count"], facts["position_total"], facts["position_squares"]
+    if not n:
+        return None
+    # Whole numbers throughout, so that nothing cancels.
+    variance = (n * squares - total * total) / (n * n)
+    return PositionUse(
+        total / n, variance**0.5, facts["position_first"] / n, tuple(facts["position_octaves"])
+    )
 
 
 def _effects(tokens: list[str], logits: list[float]) -> tuple[TokenEffect, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,13 +45,15 @@ def generate(
     edits: Sequence[Edit] = (),
     batch_size: int = 256,
     progress: Progress | None = None,
+    on_token: Callable[[int, int], None] | None = None,
 ) -> list[Reply]:
     """One reply a prompt, in the order of the prompts.
 
     Sampling is exact at the temperature (0: greedy) by the Gumbel-max trick: each prompt draws its noise from
     its own seed (its index where no seeds are given), so a reply does not depend on the batch it was in, and
-    the same seed under other edits sees the same noise. Raises UserError when a prompt with its reply does
-    not fit into the model's context, or when the model is an encoder or has one.
+    the same seed under other edits sees the same noise. `on_token` is told of each prompt, by its
+    number, and of each token as it is drawn; what it raises ends the generation. Raises UserError when a
+    prompt with its reply does not fit into the model's context, or when the model is an encoder or has one.
     """
     if not lm.generates:
         raise UserError(f"{lm.name} is no decoder-only language model, so it cannot be asked for replies")
@@ -77,7 +79,12 @@ def generate(
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             sampler = _Sampler([seeds[i] for i in chosen], temperature, lm.device)
-            tokens = _decode(lm, [encoded[i] for i in chosen], max_new_tokens, sampler, run)
+
+            def drawn(row: int, token: int, chosen: Sequence[int] = chosen) -> None:
+                if on_token is not None:
+                    on_token(chosen[row], token)
+
+            tokens = _decode(lm, [encoded[i] for i in chosen], max_new_tokens, sampler, run, drawn)
             counts = run.by_sequence()
             for row, i in enumerate(chosen):
                 ended = bool(tokens[row]) and tokens[row][-1] in lm.eos_ids
@@ -114,9 +121,14 @@ class _Sampler:
 
 
 def _decode(
-    lm: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampler: _Sampler, run: Applied
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampler: _Sampler,
+    run: Applied,
+    on_token: Callable[[int, int], None],
 ) -> list[list[int]]:
-    """The new tokens of each prompt, the ending token included."""
+    """The new tokens of each prompt, the ending token included; `on_token` gets each as it is drawn."""
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), lm.pad_id)
     mask = torch.ones(len(prompts), width + max_new_tokens, dtype=torch.long)
@@ -149,6 +161,7 @@ def _decode(
         for row, token in zip(rows, drawn.tolist(), strict=True):
             if not ended[row]:
                 said[row].append(token)
+                on_token(row, token)
                 ended[row] = token in lm.eos_ids
         running = [i for i, row in enumerate(rows) if not ended[row]]
         if not running:

@@ -15,7 +15,8 @@ from typing import Any, NotRequired, TypedDict, cast
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from unbraid.recipes.charts import Point, Series, before_after, interval_bar, line_chart, percent
+from unbraid.ui.charts import Point, Series, before_after, interval_bar, line_chart, percent
+from unbraid.ui.text import alpha, visible
 
 
 class IntervalDict(TypedDict):
@@ -257,35 +258,9 @@ def render_report(summary: ReportSummary, *, language: str = "en") -> str:
     return environment.get_template("report.html.j2").render(s=clean, charts=charts, language=language)
 
 
-def alpha(value: float, maximum: float) -> float:
-    """Opacity of a token's highlight: 0.05 + 0.95·log10(1 + 9·a/max); 0 where the latent does not fire."""
-    if not (value > 0 and maximum > 0):
-        return 0.0
-    return round(0.05 + 0.95 * math.log10(1 + 9 * min(value / maximum, 1.0)), 3)
-
-
 def series_style(i: int) -> int:
     """The CSS style of a chart's i-th line: the policy's own first, then the controls; 1 is the failure's."""
     return 0 if i == 0 else 2 + (i - 1) % 4
-
-
-def visible(text: str) -> str:
-    """`text` with control characters as pictures, bidirectional overrides and lone surrogates replaced.
-
-    One character for one, so that offsets into the text stay right.
-    """
-    return "".join(_visible_character(c) for c in text)
-
-
-def _visible_character(c: str) -> str:
-    code = ord(c)
-    if code < 0x20 and c not in "\n\t":
-        return chr(0x2400 + code)
-    if code == 0x7F:
-        return "\u2421"
-    # Overrides and embeddings make text read as what it is not; surrogates cannot be written as UTF-8.
-    hidden = 0x80 <= code < 0xA0 or 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069
-    return "\ufffd" if hidden or 0xD800 <= code <= 0xDFFF else c
 
 
 def _visible_all(value: object) -> object:

@@ -23,9 +23,9 @@ from unbraid.evaluation.suites import as_record
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.files import building, write_json, write_text
 from unbraid.manifest.record import write_manifest
-from unbraid.recipes.charts import Bar, Point, Series, bars, scatter
 from unbraid.sae.base import SAE
 from unbraid.stats.bootstrap import Interval
+from unbraid.ui.charts import Bar, Point, Series, bars, scatter
 
 KIND = "evaluation"
 SAEBENCH = {

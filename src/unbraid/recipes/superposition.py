@@ -19,7 +19,7 @@ import unbraid
 from unbraid.manifest.progress import Progress
 from unbraid.practice import numpy_sae as sae
 from unbraid.practice.superposition import train_best
-from unbraid.recipes.charts import Point, Series, arrows, line_chart, matrix, percent
+from unbraid.ui.charts import Point, Series, arrows, line_chart, matrix, percent
 
 FEATURES, D_IN, WIDTH = 32, 8, 64
 """Two latents for each feature: with one each, a latent that settles between two features leaves one lost."""

@@ -22,7 +22,6 @@ from unbraid.evaluation.evaluate import evaluate_all
 from unbraid.manifest.files import building, write_json, write_text
 from unbraid.manifest.record import MANIFEST, read_manifest, write_manifest
 from unbraid.model.load import LanguageModel
-from unbraid.recipes.charts import Point, Series, scatter
 from unbraid.recipes.workshop import Stage, remember_settings
 from unbraid.sae.base import SAE
 from unbraid.stats.bootstrap import Interval, mean_of_runs
@@ -31,6 +30,7 @@ from unbraid.training.grid import Grid, Trial, trials
 from unbraid.training.memory import available, needed
 from unbraid.training.run import sae_config
 from unbraid.training.trainer import Job, OnLog, train_together
+from unbraid.ui.charts import Point, Series, scatter
 
 KIND = "sweep"
 MEASURED = "measured"

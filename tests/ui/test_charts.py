@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unbraid.recipes.charts import (
+from unbraid.ui.charts import (
     Point,
     Scale,
     Series,

@@ -1,0 +1,186 @@
+"""The index side by side with SAEDashboard's pages, in alternating turns on the same autoencoder and tokens.
+
+    make bench NAME=index JSON=out.json
+    python benchmarks/index.py --tokens 16384 --rounds 1     # a smaller turn
+
+peer      all of `build_index`, which tokenises too, against SAEDashboard's SaeVisRunner and its HTML page, of
+          every latent of a TopK autoencoder of `--width` latents: time, most memory held, bytes on the disk
+nonzeros  the pass alone (statistics, samples, best examples) on random codes with 8 to 64 latents a token
+memory    the whole build over ever more tokens: most memory held
+
+Each tool runs in a process of its own, so that memory is its own; loading is not timed.  In a turn both do the
+same work, the order changes from turn to turn, and a ratio is the median over turns of the ratio within a
+turn.  The autoencoder is as training starts, scaled on the model's own activations; neither speed nor size
+depends on how good it is.  SAEDashboard reads the activations again for every 256 latents, so few tokens make
+a long turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import subjects
+import torch
+from turns import Result
+
+from training import machine, versions
+from unbraid.evaluation.references import untrained
+from unbraid.features import loops
+from unbraid.features.index import IndexConfig
+from unbraid.features.state import State, row_keys
+from unbraid.model.load import load_model
+from unbraid.model.read import read_sites
+from unbraid.model.sites import Site
+from unbraid.sae.base import SAEConfig
+from unbraid.sae.registry import build
+
+WORK = ("peer", "nonzeros", "memory")
+CONTEXT = 256
+PEERS = Path(".venv/peers")
+
+
+def prepare(folder: Path, given: argparse.Namespace, tokens: int) -> None:
+    """Write what a worker reads: settings, tokens and the texts that they come from, the autoencoder."""
+    place = subjects.SHARED / "models" / given.model
+    lm, site = load_model(place), Site(given.layer, "resid_post")
+    windows: list[list[int]] = []
+    texts: list[str] = []
+    for story in subjects.stories("train"):
+        ids = lm.tokenizer(story.text)["input_ids"][:CONTEXT]
+        text = lm.tokenizer.decode(ids, skip_special_tokens=True)
+        if len(ids) == CONTEXT and lm.tokenizer(text)["input_ids"] == ids:
+            windows.append(ids)
+            texts.append(text)
+        if len(windows) * CONTEXT >= tokens:
+            break
+    kept = torch.tensor(windows)
+    if len(kept) * CONTEXT < tokens:
+        raise SystemExit(f"the stories give {len(kept) * CONTEXT:,} tokens only")
+    x = read_sites(lm, kept[:8], torch.ones_like(kept[:8]), [site])[site].flatten(0, 1).float()
+    config = SAEConfig("topk", lm.d_in, given.width, given.k, site=str(site), model_name=lm.name)
+    untrained(build(config), x, 0).save_pretrained(folder / "sae")
+    np.save(folder / "tokens.npy", kept.numpy())
+    (folder / "texts.json").write_text(json.dumps(texts))
+    settings = {"model": str(place), "context": CONTEXT, "layer": given.layer, "width": given.width}
+    (folder / "settings.json").write_text(json.dumps({**settings, "threads": given.threads}))
+
+
+def one(tool: str, python: str, folder: Path) -> dict[str, float]:
+    """Run a tool once; what it made is removed."""
+    worker = Path(__file__).with_name("index_workers.py")
+    shutil.rmtree(folder / tool, ignore_errors=True)
+    run = subprocess.run([python, str(worker), tool, str(folder)], stdout=subprocess.PIPE, text=True)
+    if run.returncode or not run.stdout.strip():
+        raise SystemExit(f"{tool} failed; see above")
+    shutil.rmtree(folder / tool)
+    found = json.loads(run.stdout.strip().splitlines()[-1])
+    print(f"  {tool}: {', '.join(f'{n} {v:,.1f}' for n, v in found.items())}", file=sys.stderr, flush=True)
+    return found
+
+
+def against_saedashboard(found: Result, given: argparse.Namespace, folder: Path) -> None:
+    """Both tools on the same tokens."""
+    prepare(folder, given, given.tokens)
+    tools = {"unbraid": sys.executable, "saedashboard": str(given.peer)}
+    one("unbraid", sys.executable, folder)  # compiles the loops
+    taken: dict[str, list[dict[str, float]]] = {name: [] for name in tools}
+    for turn in range(given.rounds):
+        for name in list(tools)[:: 1 if turn % 2 == 0 else -1]:
+            taken[name].append(one(name, tools[name], folder))
+    for name, runs in taken.items():
+        for what, unit in (("seconds", "s"), ("processor", "processor s"), ("peak_mb", "MB held"), ("mb", "MB on disk")):
+            each = sorted(run[what] for run in runs)
+            found.row(f"{name}_{what}", median(each), unit, each[0], each[-1])
+    ours, theirs = taken["unbraid"], taken["saedashboard"]
+    for key, what in (("", "seconds"), ("_processor_time", "processor"), ("_memory", "peak_mb"), ("_disk", "mb")):
+        mine, other = ([run[what] for run in runs] for runs in (ours, theirs))
+        # How many times faster, and which share of the memory and of the disk.
+        above, below = (other, mine) if key in ("", "_processor_time") else (mine, other)
+        found.ratio(f"index{key}_vs_saedashboard", above, below)
+
+
+def nonzeros(found: Result, given: argparse.Namespace, folder: Path) -> None:
+    """Nanoseconds of the pass for each firing, from few to many of them."""
+    n, stretches, rng = 32768, 6, np.random.default_rng(0)
+    each: dict[int, float] = {}
+    for k in (8, 16, 32, 64):
+        state = State(given.width, IndexConfig().sizes, folder)
+        state.stratum("")
+        for stretch in range(stretches):
+            document = stretch * n // CONTEXT + np.arange(n) // CONTEXT
+            rows = np.zeros(n, loops.ROW)
+            rows["passage"] = rows["document"] = document
+            rows["position"] = np.arange(n) % CONTEXT
+            rows["token"] = rng.zipf(1.5, n).clip(max=2000)
+            rows["key"] = row_keys(0, document, rows["position"])
+            rows["context"] = rng.integers(0, 2**63, n)
+            # A token's latents are different ones, some of them often so and most seldom.
+            base = (rng.random((n, 1)) ** 2 * given.width).astype(np.int32)
+            latents = (base + np.arange(k, dtype=np.int32) * (given.width // k)) % given.width
+            values = rng.exponential(1, n * k).astype(np.float32) + np.float32(1e-6)
+            began = time.process_time()
+            state.add(np.arange(n + 1, dtype=np.int64) * k, latents.ravel(), values, rows)
+            if stretch >= stretches // 2:  # the samples are full by then
+                each[k] = each.get(k, 0.0) + (time.process_time() - began)
+        nanoseconds = 1e9 * each[k] / (n * k * (stretches - stretches // 2))
+        found.row(f"nonzeros_{k}_a_token", nanoseconds, "processor ns a firing")
+    found.ratios["index_seconds_64_vs_8_nonzeros"] = each[64] / each[8]
+
+
+def memory(found: Result, given: argparse.Namespace, folder: Path) -> None:
+    """The most memory that a build holds, over more and more tokens."""
+    prepare(folder, given, max(given.memory_tokens))
+    settings: dict[str, Any] = json.loads((folder / "settings.json").read_text())
+    peaks: list[float] = []
+    for tokens in given.memory_tokens:
+        (folder / "settings.json").write_text(json.dumps({**settings, "tokens": tokens}))
+        run = one("unbraid", sys.executable, folder)
+        peaks.append(run["peak_mb"])
+        found.row(f"memory_{tokens}_tokens", run["peak_mb"], "MB held", run["loaded_mb"], run["peak_mb"])
+    found.ratios["index_memory_of_most_vs_fewest_tokens"] = peaks[-1] / peaks[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", nargs="+", choices=WORK, default=WORK)
+    numbers = {"rounds": 3, "threads": 2, "tokens": 65536, "width": 8192, "k": 32, "layer": 1}
+    for name, value in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--memory-tokens", nargs="+", type=int, default=[131072, 524288, 2097152])
+    parser.add_argument("--model", default="tinystories-656k", help="of the shared models")
+    parser.add_argument("--peer", type=Path, default=PEERS / "saedashboard" / "bin" / "python")
+    parser.add_argument("--folder", type=Path, help="where to write, if not the system's temporary folder")
+    parser.add_argument("--out", type=Path, help="file for the result as JSON")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    found = Result()
+    works = {"peer": against_saedashboard, "nonzeros": nonzeros, "memory": memory}
+    for work in given.work:
+        print(f"\n{work}", flush=True)
+        with tempfile.TemporaryDirectory(dir=given.folder) as name:
+            works[work](found, given, Path(name))
+    if given.out:
+        result = {
+            "work": {n: v for n, v in vars(given).items() if n not in ("folder", "out", "peer")},
+            "machine": machine(),
+            "versions": versions(sys.executable),
+            "rows": found.rows,
+            "ratios": found.ratios,
+        }
+        given.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

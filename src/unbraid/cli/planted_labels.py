@@ -1,0 +1,93 @@
+"""`unbraid practice labels`: whether scorers prefer true descriptions where the truth is known."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from unbraid.cli.progress import shown
+from unbraid.cli.saes import open_sae
+from unbraid.features.labels.calls import Calls
+from unbraid.features.labels.contexts import ContextConfig
+from unbraid.features.labels.endpoint import Endpoint, EndpointConfig
+from unbraid.features.labels.llm import LLM
+from unbraid.manifest.errors import UserError
+from unbraid.recipes.labels import PURE, WRONG, LabelReport, practice_labels
+
+
+@dataclass(frozen=True)
+class PlantedLabels:
+    """Rank the true description of every planted concept with a pure latent among twenty wrong ones."""
+
+    sae: Path
+    """Folder of an autoencoder that was trained on the practice assistant."""
+    out: Path
+    """Folder to make with the index of its latents."""
+    conversations: int = 1000
+    """How many conversations are read to find concepts, and how many others to index."""
+    seed: int = 0
+    """Seed of everything."""
+    base_url: str = ""
+    """Address of an OpenAI-compatible endpoint whose model labels the latents too."""
+    model_name: str = ""
+    """The language model's name there."""
+    key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key."""
+    json: bool = False
+    """Print the result as JSON instead of tables."""
+
+
+def rank_descriptions(options: PlantedLabels) -> None:
+    """Rank, let explainers label, and print."""
+    if options.conversations < 1 or options.seed < 0:
+        raise UserError("--conversations must be 1 or more and --seed 0 or more")
+    from unbraid.cli.models import PRACTICE, open_model
+
+    lm = open_model(PRACTICE)
+    sae, identity = open_sae(options.sae, lm)
+    llms: list[LLM] = []
+    if options.base_url or options.model_name:
+        config = EndpointConfig(options.base_url, options.model_name, options.key_env)
+        calls = Calls(options.out.parent / f"{options.out.name}.calls.sqlite")
+        llms.append(LLM(Endpoint(config, calls)))
+    with shown("practice labels", "documents") as progress:
+        report = practice_labels(
+            sae, lm, options.out, sae_id=identity, count=options.conversations, seed=options.seed, llms=llms,
+            config=ContextConfig(seed=options.seed), progress=progress,
+        )  # fmt: skip
+    if options.json:
+        record = {"sae": str(options.sae), "sae_id": identity, "seed": options.seed, **report.as_dict()}
+        print(json.dumps(record, indent=2, ensure_ascii=False))
+    else:
+        _show(report)
+    for llm in llms:
+        print(f"{llm.name}: {llm.endpoint.note()}; {llm.unread.twice} replies could not be read")
+
+
+def _show(report: LabelReport) -> None:
+    names = list(report.first)
+    table = Table("concept", "latent", "purity", *names)
+    for one in report.rankings:
+        cells = [f"{one.above[name]}/{one.wrong}" for name in names]
+        table.add_row(one.concept, str(one.latent), f"{one.purity:.2f}", *cells)
+    Console().print(table)
+    print(
+        f"above how many of {WRONG} wrong descriptions the true one is; concepts of purity {PURE:g} or more"
+    )
+    for name, share in report.first.items():
+        print(
+            f"{name}: above all of them for {share.value:.0%} of {share.n} concepts"
+            f" ({share.low:.0%} to {share.high:.0%}), judged by the {report.judge} judge"
+        )
+    for name, found in report.labellers.items():
+        d = found["detection"]
+        print(
+            f"labels by {name}: detection {d['value']:.2f} ({d['low']:.2f} to {d['high']:.2f}) over"
+            f" {found['latents']} latents, {found['labelled']} of them labelled"
+        )
+    for note in report.notes:
+        print(note)

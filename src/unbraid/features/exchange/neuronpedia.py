@@ -1,0 +1,250 @@
+"""Neuronpedia's export: a folder {model}/{source} of JSON Lines, and batches of 1,024 features.
+
+Ids are made from what they stand for, so that the same index gives the same bytes.  Fields of which an index
+knows nothing are null or empty.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unbraid.features.exchange import records
+from unbraid.features.labels.store import Labels
+from unbraid.features.page import Index, LatentPage
+from unbraid.manifest.errors import UserError
+from unbraid.manifest.files import building, write_bytes
+from unbraid.manifest.progress import Progress
+from unbraid.sae.base import SAE
+
+BATCH = 1024
+"""Features in a file."""
+STEER = 3.0
+"""Default steering strength, in units of the largest activation."""
+LONGEST_LINE = 1 << 24
+"""Characters of a line that is read at most."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """What model and source are called there."""
+
+    model: str
+    """Their id of the model, such as gemma-2-2b."""
+    layer: int
+    """Number of the layer."""
+    source_set: str
+    """Name of the set of sources, such as gemmascope-res-16k; the source is {layer}-{source_set}."""
+    creator: str = ""
+    """Id of the account that the records belong to."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("model", self.model), ("source_set", self.source_set)):
+            if not value or "/" in value or "\\" in value or value.startswith("."):
+                raise UserError(f"{name} is {value!r}, which cannot be the name of a folder; choose another")
+
+    @property
+    def source(self) -> str:
+        """Id of the source, which stands in the field `layer` of each record."""
+        return f"{self.layer}-{self.source_set}"
+
+
+def export(
+    index: Index,
+    out: Path,
+    names: Names,
+    *,
+    sae: SAE | None = None,
+    labels: Labels | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write `out`/{model}/{source}; vectors need the autoencoder.  Returns that folder.
+
+    Raises UserError when the folder exists.
+    """
+    folder = Path(out) / names.model / names.source
+    with building(folder) as place:
+        for name, record in _heads(index, names).items():
+            write_bytes(place / f"{name}.jsonl", _lines([record]))
+        explained = {} if labels is None else labels.current()
+        for number, first in enumerate(range(0, index.d_sae, BATCH)):
+            pages = [index.latent(j) for j in range(first, min(first + BATCH, index.d_sae))]
+            batches = {
+                "features": [feature(page, names, index, sae) for page in pages],
+                "activations": [record for page in pages for record in activations(page, names)],
+                "explanations": [
+                    explanation(names, page.latent, explained[page.latent])
+                    for page in pages
+                    if page.latent in explained
+                ],
+            }
+            for kind, found in batches.items():
+                path = place / kind / f"batch-{number}.jsonl.gz"
+                write_bytes(path, gzip.compress(_lines(found), compresslevel=5, mtime=0))
+            if progress is not None:
+                progress(first + len(pages), index.d_sae, "latents")
+    return folder
+
+
+def feature(page: LatentPage, names: Names, index: Index, sae: SAE | None) -> dict[str, Any]:
+    """A line of features/."""
+    near = [n for n in page.neighbours if n.kind == "decoder" and n.sae is None]
+    return {
+        "modelId": names.model,
+        "layer": names.source,
+        "index": str(page.latent),
+        "creatorId": names.creator,
+        "sourceSetName": names.source_set,
+        "maxActApprox": page.max,
+        **records.feature(page),
+        "topkCosSimIndices": [n.latent for n in near],
+        "topkCosSimValues": [n.value for n in near],
+        "hasVector": sae is not None,
+        "vector": [] if sae is None else records.vector(sae, page.latent),
+        "vectorLabel": None,
+        "hookName": str(index.manifest.facts["site"]) or None,
+        "vectorDefaultSteerStrength": STEER * page.max if sae is not None and page.count else None,
+    }
+
+
+def activations(page: LatentPage, names: Names) -> Iterator[dict[str, Any]]:
+    """Lines of activations/, the strongest first; binMin −1 stands for the group of the strongest."""
+    for number, shown in enumerate(records.shown(page)):
+        example = shown.example
+        values = list(example.activations)
+        yield {
+            "id": _id(names, page.latent, "activation", str(number)),
+            "modelId": names.model,
+            "layer": names.source,
+            "index": str(page.latent),
+            "creatorId": names.creator,
+            "dataSource": None,
+            "tokens": list(example.tokens),
+            "values": values,
+            "maxValue": max(values),
+            "minValue": min(values),
+            "maxValueTokenIndex": values.index(max(values)),
+            "dfaValues": [],
+            "dfaMaxValue": None,
+            "dfaTargetIndex": None,
+            "binContains": shown.contains,
+            "binMin": shown.low,
+            "binMax": shown.high,
+        }
+
+
+def explanation(names: Names, latent: int, label: Any) -> dict[str, Any]:
+    """A line of explanations/, of the label to show."""
+    return {
+        "id": _id(names, latent, "explanation", label.id),
+        "modelId": names.model,
+        "layer": names.source,
+        "index": str(latent),
+        "authorId": names.creator,
+        "description": label.text,
+        "embedding": None,
+        "typeName": label.kind,
+        "explanationModelName": label.model,
+        "umap_x": None,
+        "umap_y": None,
+        "umap_cluster": None,
+        "umap_log_feature_sparsity": None,
+    }
+
+
+def _heads(index: Index, names: Names) -> dict[str, dict[str, Any]]:
+    site, model = str(index.manifest.facts["site"]), str(index.manifest.facts["model_name"])
+    creator, described = {"creatorId": names.creator}, f"{model} at {site}"
+    return {
+        "release": {"name": names.source_set, "description": described, "creatorName": "", **creator},
+        "model": {"id": names.model, "displayName": model, "displayNameShort": model, **creator},
+        "sourceset": {
+            "modelId": names.model, "name": names.source_set, "description": described,
+            "creatorName": "", "releaseName": names.source_set, **creator,
+        },
+        "source": {
+            "id": names.source, "modelId": names.model, "setName": names.source_set,
+            "dataset": None, "num_prompts": index.manifest.facts.get("documents"),
+            "num_tokens_in_prompt": index.manifest.facts["config"].get("context"), **creator,
+        },
+    }  # fmt: skip
+
+
+def _lines(found: Iterable[Mapping[str, Any]]) -> bytes:
+    return "".join(
+        json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in found
+    ).encode()
+
+
+def _id(*what: object) -> str:
+    """25 characters, as theirs have."""
+    return "c" + hashlib.sha256("\0".join(map(str, what)).encode()).hexdigest()[:24]
+
+
+def import_labels(folder: Path, labels: Labels, d_sae: int) -> int:
+    """Propose every explanation of an export, {model}/{source} or its explanations/, that is not here yet.
+
+    They are hypotheses like any other, by "neuronpedia" with their author's id; returns how many are new.
+    Raises UserError, naming file and line, where one cannot be read.
+    """
+    place = folder / "explanations" if (folder / "explanations").is_dir() else folder
+    files = sorted([*place.glob("*.jsonl.gz"), *place.glob("*.jsonl")]) if place.is_dir() else [place]
+    if not files or not all(file.is_file() for file in files):
+        raise UserError(
+            f"{folder} holds no explanations: batch-0.jsonl.gz and so on are expected; check the path"
+        )
+    found: list[tuple[int, str, str, str, str | None]] = []
+    for file in files:
+        for number, record in _read(file):
+            found.append(_explained(record, d_sae, f"{file}, line {number}"))
+    known = {
+        (label.latent, label.text, label.by) for j in {row[0] for row in found} for label in labels.of(j)
+    }
+    added = 0
+    for latent, text, by, kind, model in found:
+        if (latent, text, by) not in known:
+            known.add((latent, text, by))
+            labels.propose(latent, text, by=by, kind=kind, model=model)
+            added += 1
+    return added
+
+
+def _read(file: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        with (
+            gzip.open(file, "rt", encoding="utf-8")
+            if file.suffix == ".gz"
+            else file.open(encoding="utf-8") as lines
+        ):
+            number = 0
+            while line := lines.readline(LONGEST_LINE):
+                number += 1
+                if line.strip():
+                    yield number, json.loads(line)
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(
+            f"{file} is no file of JSON Lines, or is damaged ({error}); fetch it again"
+        ) from error
+
+
+def _explained(record: Any, d_sae: int, where: str) -> tuple[int, str, str, str, str | None]:
+    try:
+        latent, text = int(record["index"]), record["description"]
+        author, model = record.get("authorId"), record.get("explanationModelName")
+        kind = record.get("typeName") or "neuronpedia"
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{where} is no explanation ({error!r}); index and description are needed") from error
+    if not all(isinstance(value, str | None) for value in (author, model, kind)) or not isinstance(text, str):
+        raise UserError(f"{where}: description, authorId, typeName and explanationModelName have to be text")
+    if not text.strip():
+        raise UserError(f"{where}: the description is empty; take the line out")
+    if not 0 <= latent < d_sae:
+        raise UserError(
+            f"{where} is of latent {latent}, but there are latents 0 to {d_sae - 1}; check the source"
+        )
+    return latent, text.strip(), f"neuronpedia:{author}" if author else "neuronpedia", kind, model

@@ -1,0 +1,1 @@
+"""What latents mean: labels as hypotheses, who proposes them, how they are scored, who accepts them."""

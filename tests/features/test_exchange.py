@@ -1,0 +1,268 @@
+"""Each format against a golden file, and what comes back from files that others wrote."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from unbraid.activations.documents import Document
+from unbraid.cli import main
+from unbraid.features.exchange import delphi, neuronpedia, saedashboard
+from unbraid.features.exchange.neuronpedia import Names, import_labels
+from unbraid.features.index import IndexConfig, build_index
+from unbraid.features.labels.store import Labels
+from unbraid.features.page import Index
+from unbraid.manifest.errors import UserError
+from unbraid.model.load import LanguageModel
+from unbraid.sae.base import SAE, SAEConfig
+from unbraid.sae.registry import build
+
+from .handmade import Made, handmade
+
+GOLDEN = Path(__file__).parent / "golden"
+NAMES = Names("tiny", 1, "res-3", creator="me")
+PASSAGES = [["a", " red", " ball"], ["the", " <b>", " 🙂", " pan"], ["one", " red", " pan"]]
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    made = [
+        Made(
+            [(0, 1, 4.0), (2, 1, 3.0), (1, 2, 0.5)],
+            promoted=[" ball", " box"],
+            suppressed=["x"],
+            decoder=[(1, 0.5)],
+        ),
+        Made([(1, 3, 2.0)], promoted=["\u2028"]),
+        Made(),
+    ]
+    return handmade(tmp_path_factory.mktemp("exchange") / "index", PASSAGES, made)
+
+
+@pytest.fixture(scope="module")
+def made_sae() -> SAE:
+    sae = build(SAEConfig("relu", 2, 3))
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.tensor([[1.0, 0.0], [0.5, -0.25], [0.0, 1.0]]))
+    return sae
+
+
+def same_as_golden(name: str, found: Any) -> None:
+    """Compare with a file; UNBRAID_WRITE_GOLDEN=1 writes it, to be looked at."""
+    path, text = GOLDEN / name, json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    if os.environ.get("UNBRAID_WRITE_GOLDEN") == "1":
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    # Only a line feed ends a line: text of the corpus may hold others that Unicode calls so.
+    return [json.loads(line) for line in data.decode().split("\n") if line]
+
+
+def test_neuronpedia(index: Index, made_sae: SAE, tmp_path: Path) -> None:
+    labels = Labels(tmp_path / "labels.sqlite", "an autoencoder", clock=lambda: "2020-01-01T00:00:00.000000Z")
+    labels.propose(0, "things that are red", by="me", kind="manual")
+    labels.review(labels.propose(1, "wrong", by="me", kind="manual").id, "rejected", by="you", why="no")
+    folder = neuronpedia.export(index, tmp_path / "np", NAMES, sae=made_sae, labels=labels)
+    assert folder == tmp_path / "np" / "tiny" / "1-res-3"
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    kinds = ("activations", "explanations", "features")
+    heads = ["model.jsonl", "release.jsonl", "source.jsonl", "sourceset.jsonl"]
+    assert files == [*(f"{kind}/batch-0.jsonl.gz" for kind in kinds), *heads]
+    same_as_golden("neuronpedia.json", {name: lines(folder / name) for name in files})
+    again = neuronpedia.export(index, tmp_path / "again", NAMES, sae=made_sae, labels=labels)
+    assert all((again / name).read_bytes() == (folder / name).read_bytes() for name in files)
+
+
+def test_a_batch_holds_so_many_features(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neuronpedia, "BATCH", 2)
+    folder = neuronpedia.export(index, tmp_path / "np", NAMES)
+    numbers = [[r["index"] for r in lines(folder / "features" / f"batch-{n}.jsonl.gz")] for n in range(2)]
+    assert numbers == [["0", "1"], ["2"]] and not (folder / "features" / "batch-2.jsonl.gz").exists()
+    record = lines(folder / "features" / "batch-0.jsonl.gz")[0]
+    assert (record["hasVector"], record["vector"], record["vectorDefaultSteerStrength"]) == (False, [], None)
+    with pytest.raises(UserError, match="exists"):
+        neuronpedia.export(index, tmp_path / "np", NAMES)
+    with pytest.raises(UserError, match="cannot be the name of a folder"):
+        Names("../up", 1, "res")
+
+
+def test_saedashboard(index: Index, made_sae: SAE, tmp_path: Path) -> None:
+    folder = saedashboard.export(index, tmp_path / "sd", NAMES, sae=made_sae)
+    assert [path.name for path in sorted(folder.iterdir())] == ["batch-0.json"]
+    record = json.loads((folder / "batch-0.json").read_text())
+    same_as_golden("saedashboard.json", record)
+    for activation in (a for f in record["features"] for a in f["activations"]):
+        at = activation["qualifying_token_index"]
+        assert activation["values"][at] > 0 and len(activation["tokens"]) == len(activation["values"])
+
+
+# delphi.
+
+
+@pytest.fixture(scope="module")
+def real(
+    sae: SAE, lm: LanguageModel, documents: list[Document], tmp_path_factory: pytest.TempPathFactory
+) -> Index:
+    out = tmp_path_factory.mktemp("delphi") / "index"
+    return build_index(sae, lm, documents, IndexConfig(context=24), out, sae_id="an autoencoder")
+
+
+def test_delphi_has_every_firing_of_the_index(
+    real: Index, sae: SAE, lm: LanguageModel, tmp_path: Path
+) -> None:
+    folder = delphi.export(real, tmp_path / "latents", sae, lm, files=3) / "layers.1.resid_post"
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["0_31.safetensors", "32_63.safetensors", "64_95.safetensors", "config.json"]
+    counts, largest = np.zeros(96, int), np.zeros(96)
+    for name in names[:-1]:
+        data, first = load_file(folder / name), int(name.split("_")[0])
+        assert data["locations"].dtype == np.uint16 and data["locations"].shape == (
+            len(data["activations"]),
+            3,
+        )
+        latent = data["locations"][:, 2].astype(int) + first
+        assert latent.max() <= int(name.split("_")[1].split(".")[0])
+        np.add.at(counts, latent, 1)
+        np.maximum.at(largest, latent, data["activations"])
+    rows = real.query("SELECT count, max FROM latents ORDER BY latent")
+    np.testing.assert_array_equal(counts, [row["count"] for row in rows])
+    np.testing.assert_allclose(largest, [row["max"] for row in rows], rtol=1e-4)
+    # Tokens stand in each file, and a location points to the token that the page shows.
+    page = real.latent(int(counts.argmax()))
+    example, start = page.top[0], int(counts.argmax()) // 32 * 32
+    data = load_file(folder / f"{start}_{start + 31}.safetensors")
+    mine = data["locations"][:, 2] == page.latent - start
+    best = int(data["activations"][mine].argmax())
+    row, position = data["locations"][mine][best][:2]
+    assert data["tokens"][row, position] == example.token_ids[example.position - example.start]
+    same_as_golden(
+        "delphi.json", json.loads((folder / "config.json").read_text()) | {"model_name": "a model"}
+    )
+
+
+def test_delphi_of_a_part(real: Index, sae: SAE, lm: LanguageModel, tmp_path: Path) -> None:
+    folder = delphi.export(real, tmp_path / "part", sae, lm, tokens=30, files=1) / "layers.1.resid_post"
+    data = load_file(folder / "0_95.safetensors")
+    assert 2 <= len(data["tokens"]) <= 3 and data["locations"][:, 0].max() < len(data["tokens"])
+    with pytest.raises(UserError, match="at least 1"):
+        delphi.export(real, tmp_path / "none", sae, lm, files=0)
+
+
+# Labels from others.
+
+
+def _file(path: Path, records: list[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in records).encode()))
+    return path
+
+
+def test_explanations_become_proposed_labels_once(tmp_path: Path) -> None:
+    records = [
+        {"index": "2", "description": " red things ", "authorId": "x", "typeName": "oai_token-act-pair",
+         "explanationModelName": "gpt-4o"},
+        {"index": "0", "description": "<script>alert(1)</script>", "authorId": None},
+    ]  # fmt: skip
+    _file(tmp_path / "export" / "explanations" / "batch-0.jsonl.gz", records)
+    _file(tmp_path / "export" / "explanations" / "batch-1.jsonl.gz", [{"index": 1, "description": "e"}])
+    labels = Labels(tmp_path / "labels.sqlite", "an autoencoder")
+    assert import_labels(tmp_path / "export", labels, 3) == 3
+    (label,) = labels.of(2)
+    assert (label.text, label.by, label.kind, label.model, label.status) == (
+        "red things", "neuronpedia:x", "oai_token-act-pair", "gpt-4o", "proposed",
+    )  # fmt: skip
+    assert import_labels(tmp_path / "export" / "explanations", labels, 3) == 0
+
+
+def test_labels_come_back_from_our_own_export(index: Index, tmp_path: Path) -> None:
+    labels = Labels(tmp_path / "labels.sqlite", "an autoencoder")
+    labels.propose(1, "pans", by="me", kind="manual", model="m")
+    folder = neuronpedia.export(index, tmp_path / "np", NAMES, labels=labels)
+    other = Labels(tmp_path / "other.sqlite", "an autoencoder")
+    assert import_labels(folder, other, 3) == 1
+    assert (other.of(1)[0].text, other.of(1)[0].kind, other.of(1)[0].model) == ("pans", "manual", "m")
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"index": "3", "description": "x"}, "of latent 3"),
+        ({"index": "-1", "description": "x"}, "of latent -1"),
+        ({"index": "x", "description": "x"}, "line 1 is no explanation"),
+        ({"index": "1"}, "line 1 is no explanation"),
+        ({"index": "1", "description": ""}, "description is empty"),
+        ({"index": "1", "description": ["x"]}, "have to be text"),
+        ({"index": "1", "description": "x", "authorId": 3}, "have to be text"),
+        (["x"], "line 1 is no explanation"),
+    ],
+)
+def test_what_is_no_explanation_is_named_and_nothing_is_added(
+    tmp_path: Path, record: Any, message: str
+) -> None:
+    path = _file(tmp_path / "explanations" / "batch-0.jsonl.gz", [record])
+    labels = Labels(tmp_path / "labels.sqlite", "an autoencoder")
+    with pytest.raises(UserError, match=message):
+        import_labels(tmp_path, labels, 3)
+    path.write_bytes(b"no gzip")
+    with pytest.raises(UserError, match="is no file of JSON Lines"):
+        import_labels(path, labels, 3)
+    with pytest.raises(UserError, match="holds no explanations"):
+        import_labels(tmp_path / "nowhere", labels, 3)
+    assert not labels.path.exists()
+
+
+def test_export_from_the_command_line(
+    tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from unbraid.model.load import load_model
+
+    lm = load_model(tiny_llama)
+    sae = build(SAEConfig("topk", lm.d_in, 8, k=2, site="layers.1.resid_post", model_id=lm.id))
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.eye(8, lm.d_in))
+        sae.W_enc.copy_(sae.W_dec.T)
+    sae.save_pretrained(tmp_path / "sae")
+    (tmp_path / "text.txt").write_text("the red ball\n\na pan")
+    words = [
+        "index",
+        "--sae",
+        str(tmp_path / "sae"),
+        "--model",
+        str(tiny_llama),
+        "--text",
+        str(tmp_path / "text.txt"),
+    ]
+    assert main([*words, "--out", str(tmp_path / "index")]) == 0
+    for to, file in (
+        ("neuronpedia", "m/1-unbraid/features/batch-0.jsonl.gz"),
+        ("saedashboard", "batch-0.json"),
+        ("delphi", "layers.1.resid_post/config.json"),
+    ):
+        out = tmp_path / to
+        words = [
+            "export",
+            "--index",
+            str(tmp_path / "index"),
+            "--to",
+            to,
+            "--out",
+            str(out),
+            "--model-id",
+            "m",
+        ]
+        assert main(words) == 0, capsys.readouterr().err
+        assert (out / file).is_file()
