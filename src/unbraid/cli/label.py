@@ -26,7 +26,7 @@ from unbraid.features.labels.embedding import Embed
 from unbraid.features.labels.endpoint import Endpoint, EndpointConfig
 from unbraid.features.labels.judges import Judge, LexicalJudge
 from unbraid.features.labels.label import Label
-from unbraid.features.labels.labelling import SCORERS, USUAL, Found, check_scorers, estimate, label_latents
+from unbraid.features.labels.labelling import USUAL, Found, check_scorers, estimate, label_latents
 from unbraid.features.labels.llm import LLM
 from unbraid.features.labels.scores import Score
 from unbraid.features.labels.store import Labels, labels_path
@@ -305,6 +305,3 @@ def _show_labels(options: Options, labels: Sequence[Label]) -> None:
     for label in labels:
         table.add_row(str(label.latent), label.id, Text(label.text), Text(label.by), label.status)
     Console().print(table)
-
-
-assert set(USUAL) <= set(SCORERS)
