@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -100,6 +103,53 @@ def test_mistakes_are_named(index: Path, busy: list[str], capsys: pytest.Capture
         (["--accept", "nothing"], "has no label 'nothing'"),
         (["--propose", "x"], "about one latent"),
         (["--sae", "nowhere"], "nowhere"),
+        (["--scorers", "embedding", "--embedding-model", "nowhere"], "holds no embedding model"),
     ):
         assert main([*words, *more]) == 2, more
         assert message in capsys.readouterr().err
+
+
+def test_a_language_model_labels_and_judges_through_an_endpoint(
+    index: Path, busy: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append(body)
+            given = json.loads(body["messages"][1]["content"].split("\nYour last")[0])
+            said = {"label": "things one would like"}
+            if "description" in given:
+                said = {"answers": [1] * len(given["texts"])}
+            content = json.dumps(said) if len(asked) % 9 else "I'd rather not."
+            data = json.dumps({"choices": [{"message": {"content": content}}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    words = ["label", "--index", str(index), "--latents", *busy[:3], *FEW, "--explainer", "llm"]
+    words += ["--judge", "llm", "--scorers", "detection", "fuzzing", "--model-name", "small", "--json"]
+    words += ["--base-url", f"http://127.0.0.1:{server.server_address[1]}/v1", "--concurrency", "2"]
+    words += ["--price-in", "1", "--price-out", "1", "--calls", str(tmp_path / "calls.sqlite")]
+    assert main(words) == 0
+    shown = capsys.readouterr()
+    assert "calls to small" in shown.err and "at most" in shown.err
+    result = json.loads(shown.out)
+    assert {one["label"] for one in result["latents"]} == {"things one would like"}
+    assert result["explainer"] == result["judge"] == "small"
+    assert result["spent"]["calls"] == len(asked) and result["unread"]["asked again"] >= 1
+    first = len(asked)
+    assert main(words) == 0  # every reply is there already
+    again = json.loads(capsys.readouterr().out)
+    assert len(asked) == first and again["spent"]["calls"] == 0
+    for before, after in zip(result["latents"], again["latents"], strict=True):
+        assert before["scores"] == after["scores"]
+    server.shutdown()
+    server.server_close()

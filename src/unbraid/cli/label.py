@@ -19,12 +19,14 @@ from unbraid.activations.text import require_tokenizer
 from unbraid.cli.models import open_model
 from unbraid.cli.progress import shown
 from unbraid.cli.saes import open_sae
+from unbraid.features.embedding import open_embedder
 from unbraid.features.labels.calls import Calls
 from unbraid.features.labels.contexts import ContextConfig, Contexts
+from unbraid.features.labels.embedding import Embed
 from unbraid.features.labels.endpoint import Endpoint, EndpointConfig
 from unbraid.features.labels.judges import Judge, LexicalJudge
 from unbraid.features.labels.label import Label
-from unbraid.features.labels.labelling import SCORERS, USUAL, Found, check_scorers, estimate, label_latents
+from unbraid.features.labels.labelling import USUAL, Found, check_scorers, estimate, label_latents
 from unbraid.features.labels.llm import LLM
 from unbraid.features.labels.scores import Score
 from unbraid.features.labels.store import Labels, labels_path
@@ -249,8 +251,17 @@ def _cost(options: Options, contexts: Contexts, latents: Sequence[int], llm: LLM
             raise UserError("nothing was asked; use --yes to go on without this question")
 
 
-def _embed(options: Options) -> Any:
-    return None
+def _embed(options: Options) -> tuple[Embed, str] | None:
+    """A local embedding model where the scorer is asked for and there is one."""
+    if "embedding" not in options.scorers:
+        return None
+    try:
+        model = open_embedder(options.embedding_model)
+    except UserError:
+        if options.embedding_model is not None:
+            raise
+        return None  # the scorer says what is missing
+    return model.encode, model.id[:12]
 
 
 def _show(found: Sequence[Found], scorers: Sequence[str]) -> None:
@@ -294,6 +305,3 @@ def _show_labels(options: Options, labels: Sequence[Label]) -> None:
     for label in labels:
         table.add_row(str(label.latent), label.id, Text(label.text), Text(label.by), label.status)
     Console().print(table)
-
-
-assert set(USUAL) <= set(SCORERS)

@@ -135,7 +135,7 @@ def score_labels(
     if scorer == "intervention":
         return intervention(contexts.lm, contexts.sae, contexts.site, labelled, seed)
     if embed is None:
-        why = "no embedding model is given; name its folder with --embedding-model"
+        why = "no embedding model is on this machine; name the folder of one with --embedding-model"
         return [not_measured("embedding", "none", 0.5, why, one) for _, one in labelled]
     return embedding(embed[0], embed[1], labelled, seed)
 
