@@ -42,7 +42,8 @@ def export(
     """Write `out`/{site} from the first passages, about `tokens` tokens; memory grows with their firings.
 
     A passage shorter than the longest is filled up at the end, where nothing fires.  Special tokens do not
-    fire either, as in the index; all other positions do, also where the index counts replies alone.  Raises UserError when the folder exists or nothing fires.
+    fire either, as in the index; all others may, also where the index counts replies alone.  Raises UserError
+    when the folder exists or nothing fires.
     """
     if files < 1 or tokens < 1:
         raise UserError("files and tokens must be at least 1")
