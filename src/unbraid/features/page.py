@@ -350,7 +350,9 @@ def _positions(facts: dict[str, Any]) -> PositionUse | None:
         return None
     # Whole numbers throughout, so that nothing cancels.
     variance = (n * squares - total * total) / (n * n)
-    return PositionUse(total / n, variance**0.5, facts["position_first"] / n, tuple(facts["position_octaves"]))
+    return PositionUse(
+        total / n, variance**0.5, facts["position_first"] / n, tuple(facts["position_octaves"])
+    )
 
 
 def _effects(tokens: list[str], logits: list[float]) -> tuple[TokenEffect, ...]:
