@@ -47,6 +47,10 @@ clean:  ## remove the environment and the caches
 
 # Other tools whose pins clash with ours, each in an environment of its own (SAELens stands among ours).
 PEERS := dictionary_learning=dictionary-learning==0.1.0 sparsify=eai-sparsify==1.3.3
+# SAEDashboard's own pins cannot all be had together with this torch, so what it needs is named here.
+SAEDASHBOARD := torch==2.13.0 numpy==1.26.4 transformers==4.56.2 transformer-lens==2.17.0 'sae-lens>=6.8,<7' \
+	'pyarrow<22' 'datasets<4' decode-clt eindex-callum einops hf-transfer 'jaxtyping<0.3' 'matplotlib<4' \
+	'rich<14' safetensors 'dataclasses-json<0.7' 'typer<0.13'
 .venv/.bench: .venv/.dev
 	for peer in $(PEERS); do \
 		place=.venv/peers/$${peer%%=*}; package=$${peer#*=}; \
@@ -55,4 +59,9 @@ PEERS := dictionary_learning=dictionary-learning==0.1.0 sparsify=eai-sparsify==1
 		$$pip install --quiet -c constraints.txt $$package && \
 		$$pip uninstall --quiet --yes torchvision torchaudio || exit; \
 	done  # the registry's torchvision and torchaudio do not match this torch and break imports
+	$(PYTHON) -m venv .venv/peers/saedashboard
+	pip=".venv/peers/saedashboard/bin/python -m pip --disable-pip-version-check"; \
+		$$pip install --quiet -c constraints.txt torch && $$pip install --quiet $(SAEDASHBOARD) && \
+		$$pip install --quiet --no-deps sae-dashboard==0.8.0 && \
+		$$pip uninstall --quiet --yes torchvision torchaudio
 	touch $@

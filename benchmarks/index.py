@@ -8,8 +8,8 @@ peer      all of `build_index`, which tokenises too, against SAEDashboard's SaeV
 nonzeros  the pass alone (statistics, samples, best examples) on random codes with 8 to 64 latents a token
 memory    the whole build over ever more tokens: most memory held
 
-Each tool runs in a process of its own, so that memory is its own; loading is not timed.  In a turn both do the
-same work, the order changes from turn to turn, and a ratio is the median over turns of the ratio within a
+Each tool runs in a process of its own, so that memory is its own; loading is not timed.  In a turn both do
+the same work, the order changes from turn to turn, and a ratio is the median over turns of the ratio within a
 turn.  The autoencoder is as training starts, scaled on the model's own activations; neither speed nor size
 depends on how good it is.  SAEDashboard reads the activations again for every 256 latents, so few tokens make
 a long turn.
@@ -98,11 +98,21 @@ def against_saedashboard(found: Result, given: argparse.Namespace, folder: Path)
         for name in list(tools)[:: 1 if turn % 2 == 0 else -1]:
             taken[name].append(one(name, tools[name], folder))
     for name, runs in taken.items():
-        for what, unit in (("seconds", "s"), ("processor", "processor s"), ("peak_mb", "MB held"), ("mb", "MB on disk")):
+        for what, unit in (
+            ("seconds", "s"),
+            ("processor", "processor s"),
+            ("peak_mb", "MB held"),
+            ("mb", "MB on disk"),
+        ):
             each = sorted(run[what] for run in runs)
             found.row(f"{name}_{what}", median(each), unit, each[0], each[-1])
     ours, theirs = taken["unbraid"], taken["saedashboard"]
-    for key, what in (("", "seconds"), ("_processor_time", "processor"), ("_memory", "peak_mb"), ("_disk", "mb")):
+    for key, what in (
+        ("", "seconds"),
+        ("_processor_time", "processor"),
+        ("_memory", "peak_mb"),
+        ("_disk", "mb"),
+    ):
         mine, other = ([run[what] for run in runs] for runs in (ours, theirs))
         # How many times faster, and which share of the memory and of the disk.
         above, below = (other, mine) if key in ("", "_processor_time") else (mine, other)

@@ -1,8 +1,8 @@
 """The tools of `index.py`, each run by its own interpreter: `python index_workers.py TOOL FOLDER`.
 
 FOLDER holds settings.json, tokens.npy (n, context), texts.json that are tokenised to just these, and the
-autoencoder in `sae`.  What a tool makes goes to FOLDER/TOOL.  The answer is one line of JSON on standard output:
-seconds from loaded weights to written pages, the most memory held, and bytes on the disk.
+autoencoder in `sae`.  What a tool makes goes to FOLDER/TOOL.  The answer is one line of JSON on standard
+output: seconds from loaded weights to written pages, the most memory held, and bytes on the disk.
 """
 
 from __future__ import annotations

@@ -28,7 +28,15 @@ from unbraid.sae.base import SAE, SAEConfig
 from unbraid.sae.registry import build
 
 CONFIG = IndexConfig(
-    context=24, batch_tokens=100, top=5, quantiles=4, per_group=2, reservoir=30, window=3, same_context=3, part=300
+    context=24,
+    batch_tokens=100,
+    top=5,
+    quantiles=4,
+    per_group=2,
+    reservoir=30,
+    window=3,
+    same_context=3,
+    part=300,
 )
 
 
@@ -182,7 +190,9 @@ def test_tokens_are_counted_over_all_firings(
 
 def test_each_token_is_stored_once(index: Index, lm: LanguageModel, documents: list[Document]) -> None:
     wanted = [w.input_ids for document in documents for w in windows(lm, document, CONFIG.context)]
-    assert [tuple(row["tokens"]) for row in index.query("SELECT tokens FROM passages ORDER BY passage")] == wanted
+    assert [
+        tuple(row["tokens"]) for row in index.query("SELECT tokens FROM passages ORDER BY passage")
+    ] == wanted
     assert index.manifest.facts["windows"] == len(wanted)
     for table in ("examples", "latents"):
         assert "tokens" not in index.query(f"SELECT * FROM {table} LIMIT 1")[0]
@@ -271,7 +281,11 @@ def test_positions_and_strata(sae: SAE, lm: LanguageModel, documents: list[Docum
             assert stratum.firings == sum(int((c[:, latent] > 0).sum()) for c in mine)
             assert stratum.tokens == sum(int(c.any(axis=1).sum()) for c in mine)
             assert stratum.frequency == stratum.firings / stratum.tokens
-    assert index.manifest.facts["strata"][0] == {"name": "chat", "documents": 6, "tokens": page.strata[0].tokens}
+    assert index.manifest.facts["strata"][0] == {
+        "name": "chat",
+        "documents": 6,
+        "tokens": page.strata[0].tokens,
+    }
 
 
 def test_logit_effects_are_counted(index: Index, sae: SAE, lm: LanguageModel) -> None:

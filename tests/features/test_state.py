@@ -11,7 +11,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unbraid.features import loops, pairs
+from unbraid.features import hashes, lists, loops, pairs
 from unbraid.features.coactive import FEWEST, TokenSample
 from unbraid.features.groups import INTERVALS, level_edges
 from unbraid.features.state import Sizes, State, row_keys
@@ -117,9 +117,9 @@ def test_what_is_counted_agrees_with_the_dense_matrix(seed: int, windows: int, w
     corpus = Corpus(seed, windows)
     with tempfile.TemporaryDirectory() as name:
         state = corpus.state(Path(name), *where)
-        tokens = [p for p in state.tokens.blocks()][0]
+        tokens = next(iter(state.tokens.blocks()))
     counts, dense = state.counts, corpus.values
-    np.testing.assert_array_equal(counts.count, (dense > 0).sum(axis=(0, 1)))
+    np.testing.assert_array_equal(counts.firings, (dense > 0).sum(axis=(0, 1)))
     np.testing.assert_array_equal(counts.highest, dense.max(axis=(0, 1)))
     np.testing.assert_allclose(counts.total.sum(axis=1), dense.sum(axis=(0, 1), dtype=float), rtol=1e-12)
     by_document = [dense[start : start + 2].any(axis=(0, 1)) for start in range(0, windows, 2)]
@@ -174,7 +174,7 @@ def test_samples_are_those_drawn_first(seed: int, windows: int, where: list[int]
         state = corpus.state(Path(name), *where)
     for j in range(LATENTS):
         window, position = np.nonzero(corpus.values[:, :, j])
-        keys = loops.mixed(corpus.key[window, position], np.full(len(window), j, np.uint64))
+        keys = hashes.mixed(corpus.key[window, position], np.full(len(window), j, np.uint64))
         drawn = sorted(zip(keys.tolist(), window.tolist(), position.tolist(), strict=True), reverse=True)
         assert sorted((k, w, p) for k, _, w, p, *_ in _held(state.sample)[j]) == sorted(drawn[: SIZES.sample])
         width = 2.0 ** state.counts.exponent[j] / INTERVALS
@@ -187,7 +187,7 @@ def test_samples_are_those_drawn_first(seed: int, windows: int, where: list[int]
 
 def test_priorities_are_uniform_and_differ_between_latents() -> None:
     keys = row_keys(0, np.zeros(10_000, np.int64), np.arange(10_000))
-    one, other = (loops.mixed(keys, np.full(10_000, j, np.uint64)) / 2.0**64 for j in (0, 1))
+    one, other = (hashes.mixed(keys, np.full(10_000, j, np.uint64)) / 2.0**64 for j in (0, 1))
     assert np.abs(np.histogram(one, 10, (0, 1))[0] - 1000).max() < 130  # about four deviations
     assert abs(np.corrcoef(one, np.arange(10_000))[0, 1]) < 0.04
     assert abs(np.corrcoef(one, other)[0, 1]) < 0.04
@@ -197,12 +197,12 @@ def test_priorities_are_uniform_and_differ_between_latents() -> None:
 
 def test_contexts_hash_alike_when_their_tokens_do() -> None:
     tokens = np.array([11, 12, 13, 14, 15, 19, 11, 12, 13, 14, 15, 18], np.uint64)
-    hashes = np.empty(12, np.uint64)
-    loops.contexts_of(tokens, np.array([0, 6]), np.array([6, 12]), 2, hashes)
-    assert hashes[2] == hashes[8]  # 11 12 13 14 15
-    assert hashes[3] != hashes[9]  # 12 13 14 15 19 and 12 13 14 15 18
-    assert hashes[0] == hashes[6]  # both at the start of a window
-    assert hashes[0] != hashes[1]
+    found = np.empty(12, np.uint64)
+    hashes.contexts_of(tokens, np.array([0, 6]), np.array([6, 12]), 2, found)
+    assert found[2] == found[8]  # 11 12 13 14 15
+    assert found[3] != found[9]  # 12 13 14 15 19 and 12 13 14 15 18
+    assert found[0] == found[6]  # both at the start of a window
+    assert found[0] != found[1]
 
 
 @settings(max_examples=20, deadline=None)
@@ -250,10 +250,12 @@ def test_co_activation_is_exact_where_the_corpus_fits() -> None:
     together = codes.T.astype(int) @ codes.astype(int)
     own = np.diag(together)
     for j in range(12):
-        jaccard = {i: together[i, j] / (own[i] + own[j] - together[i, j]) for i in range(12) if together[i, j]}
+        jaccard = {
+            i: together[i, j] / (own[i] + own[j] - together[i, j]) for i in range(12) if together[i, j]
+        }
         jaccard.pop(j, None)
         pmi = {i: together[i, j] / (own[i] * own[j]) for i in jaccard if together[i, j] >= FEWEST}
-        near, close = (sorted(x, key=lambda i: (-x[i], i))[:3] for x in (jaccard, pmi))  # noqa: B023
+        near, close = (sorted(x, key=lambda i: (-x[i], i))[:3] for x in (jaccard, pmi))
         mine = found.latent == j
         assert found.neighbour[mine].tolist() == near + [i for i in close if i not in near]
         for i, n, a, b in zip(
@@ -283,5 +285,5 @@ def test_examples_that_are_almost_the_same_are_shown_once() -> None:
     near, far = base.copy(), base.copy()
     near[0], far[:4] = 99, 99
     rank = np.empty(5, np.int32)
-    loops.shown(np.stack([base, near, far, near, base]), np.array([3, 2]), 8, rank)
+    lists.shown(np.stack([base, near, far, near, base]), np.array([3, 2]), 8, rank)
     assert rank.tolist() == [0, -1, 1, 0, -1]

@@ -60,8 +60,8 @@ def run(options: Options) -> None:
         print(json.dumps(record, indent=2))
         return
     print(
-        f"{index.folder}: {record['latents']:,} latents at {record['site']} over {record['tokens']:,} tokens; "
-        f"{record['dead']:,} never fire"
+        f"{index.folder}: {record['latents']:,} latents at {record['site']} over {record['tokens']:,} "
+        f"tokens; {record['dead']:,} never fire"
     )
     together = index.manifest.facts["coactive"]
     if not together["exact"]:
@@ -73,7 +73,9 @@ def run(options: Options) -> None:
 
 def _merged(options: Options) -> Index:
     if options.sae or options.model or options.text or options.append:
-        raise UserError("--merge takes everything from the shares; leave out --sae, --model, --text and --append")
+        raise UserError(
+            "--merge takes everything from the shares; leave out --sae, --model, --text and --append"
+        )
     with shown("merge", "shares") as progress:
         return merge_indexes(
             [Index(folder) for folder in options.merge],

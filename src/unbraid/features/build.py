@@ -1,7 +1,7 @@
 """The building of an index: what is done is saved, a killed build goes on, a finished one is signed.
 
-Beside the tables the folder of a build holds `work.json`, which says how far it is and names the file with the
-state of then.  It is replaced in one step, so a build is always at some save, whenever it was killed.
+Beside the tables the folder of a build holds `work.json`, which says how far it is and names the file with
+the state of then.  It is replaced in one step, so a build is always at some save, whenever it was killed.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Build:
         words: Callable[[int], str],
         append: Index | None = None,
     ) -> None:
-        """Begin, or go on where a killed build of the same was; raises UserError where it was of something else.
+        """Begin, or go on where a killed build of the same was; raises UserError where it was of another.
 
         `words` gives a token's text.
         """
@@ -124,8 +124,8 @@ class Build:
     def _go_on(self, work: Mapping[str, Any]) -> None:
         if work["request"] != self.request:
             raise UserError(
-                f"{self.folder} holds an unfinished index with other settings or inputs; choose another --out, or "
-                "delete it"
+                f"{self.folder} holds an unfinished index with other settings or inputs; choose another "
+                "--out, or delete it"
             )
         self.at = Reached(**work["at"])
         if not self.at.tables:
@@ -191,14 +191,15 @@ class Build:
                 before = facts["read"]
                 if chained("", islice(stream, before)) != facts["ids"]:
                     raise UserError(
-                        f"the text does not go on from what {self.append.folder} has read: its first {before} "
-                        "documents are others; give the same ones with new ones after them, or the new ones alone"
+                        f"the text does not go on from what {self.append.folder} has read: its first "
+                        f"{before} documents are others; give the same ones with new ones after them, or the "
+                        "new ones alone"
                     )
         known = "" if self.append is None else self.append.manifest.facts["ids"]
         if chained(known, islice(stream, self.at.read)) != self.at.ids:
             raise UserError(
-                f"the text has changed since the index in {self.folder} was begun; choose another --out, or delete "
-                "that folder"
+                f"the text has changed since the index in {self.folder} was begun; choose another --out, or "
+                "delete that folder"
             )
         return stream
 
@@ -333,7 +334,7 @@ class _Windows:
 
 
 def require_same(origin: Origin, index: Index) -> None:
-    """Raise UserError, naming what differs, unless an index was made of the same and with the same settings."""
+    """Raise UserError, naming what differs, unless an index was made of the same with the same settings."""
     facts, inputs = index.manifest.facts, index.manifest.inputs
     wanted = {**origin.facts, **origin.facts["config"], **origin.inputs}
     found = {**facts, **facts["config"], **inputs}
@@ -346,8 +347,8 @@ def require_same(origin: Origin, index: Index) -> None:
     ):
         if found.get(name) != wanted[name]:
             raise UserError(
-                f"{index.folder} was made with {name} {found.get(name)!r:.40} and not {wanted[name]!r:.40}; an index "
-                "goes on with the same settings"
+                f"{index.folder} was made with {name} {found.get(name)!r:.40} and not {wanted[name]!r:.40}; "
+                "an index goes on with the same settings"
             )
     if facts["share"] != [1, 1]:
         raise UserError(f"{index.folder} is one worker's share of an index; merge the shares first")
@@ -361,7 +362,7 @@ def load(index: Index, state: State) -> None:
         tokens=facts["tokens"],
         documents=facts["documents"],
         windows=facts["windows"],
-        strata={s["name"]: [number, s["documents"], s["tokens"]] for number, s in enumerate(strata)},
+        strata={str(s["name"]): [n, int(s["documents"]), int(s["tokens"])] for n, s in enumerate(strata)},
         octaves=list(facts["position_octaves"]),
         parts=dict(facts["parts"]),
     )

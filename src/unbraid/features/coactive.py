@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from unbraid.features import loops
-from unbraid.features.loops import I32, I64, U64
+from unbraid.features import lists
+from unbraid.features.hashes import I32, I64, U64
 from unbraid.sae.kernels.cpu import Lists, side_by_side
 
 FEWEST = 5
@@ -73,15 +73,24 @@ class TokenSample:
     def neighbours(self, k: int) -> list[Neighbours]:
         """BLOCK latents at a time: the k with the highest Jaccard index, then more by mutual information."""
         starts = self.starts
-        lists = Lists.of(starts, self.latents, np.ones(len(self.latents), np.float32), self.d_sae)
-        own = np.diff(lists.first)
+        firing = Lists.of(starts, self.latents, np.ones(len(self.latents), np.float32), self.d_sae)
+        own = np.diff(firing.first)
 
         def some(begin: int) -> Neighbours:
             end = min(begin + BLOCK, self.d_sae)
             neighbour = np.empty((end - begin, 2 * k), np.int32)
             together, found = np.empty_like(neighbour), np.empty(end - begin, np.int64)
-            loops.coactive(
-                begin, end, starts, self.latents, lists.first, lists.rows, FEWEST, neighbour, together, found
+            lists.coactive(
+                begin,
+                end,
+                starts,
+                self.latents,
+                firing.first,
+                firing.rows,
+                FEWEST,
+                neighbour,
+                together,
+                found,
             )
             held = np.arange(2 * k) < found[:, None]
             latent, rank = np.nonzero(held)

@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from unbraid.features import loops
+from unbraid.features import hashes, lists
 from unbraid.features.groups import INTERVALS
-from unbraid.features.loops import F32, I32, I64, U64, Slots
+from unbraid.features.hashes import F32, I32, I64, U64
+from unbraid.features.loops import Slots
 from unbraid.features.pairs import BLOCK
 from unbraid.features.state import State, row_keys
 from unbraid.features.stretches import Classes
@@ -32,7 +33,7 @@ class Places:
     def __init__(self, passages: Passages, classes: Classes, width: int) -> None:
         self.passages, self.classes, self.width = passages, classes, width
 
-    def _by_part(self, passage: I64) -> Iterator[tuple[NDArray[np.bool_], pa.Table, I64]]:
+    def _by_part(self, passage: I64) -> Iterator[tuple[NDArray[np.bool_], Any, I64]]:
         """Which of them are in a part, its table, and their rows in it."""
         for number in np.unique(passage >> PLACES).tolist():
             inside = passage >> PLACES == number
@@ -94,7 +95,7 @@ def _tokens_of(passages: Passages) -> set[int]:
     return found
 
 
-def _lists(rows: NDArray[Any], type: pa.DataType) -> pa.ListArray:
+def _lists(rows: NDArray[Any], type: Any) -> Any:
     """Rows of one length as an Arrow column."""
     offsets = np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1]
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(rows.ravel(), type))
@@ -119,7 +120,7 @@ def _write_latents(folder: Path, state: State) -> None:
                         "firings": mine.times.astype(np.int64),
                     }
                 )
-                count, total = counts.count[some], counts.total[some]
+                count, total = counts.firings[some], counts.total[some]
                 top = np.where(count > 0, np.exp2(counts.exponent[some].astype(float)), 0.0)
                 latents.write(
                     {
@@ -165,7 +166,7 @@ def _write_examples(folder: Path, state: State, places: Places) -> None:
                     rank = np.empty(len(latent), np.int32)
                     around = places.around(found["passage"], found["position"])
                     held = np.bincount(latent, minlength=end - begin)
-                    loops.shown(around, held, int(np.ceil(ALIKE * around.shape[1])), rank)
+                    lists.shown(around, held, int(np.ceil(ALIKE * around.shape[1])), rank)
                 else:
                     rank = _rank_in_run(latent * INTERVALS + group)
                 parts.append(
@@ -214,18 +215,23 @@ def read_state(folder: Path, state: State, places: Places, seed: int, level: int
     def column(name: str) -> NDArray[Any]:
         return facts[name].to_numpy()
 
-    def lists(name: str) -> I64:
+    def rows_of(name: str) -> I64:
         return facts[name].combine_chunks().flatten().to_numpy().reshape(d_sae, -1).copy()
 
     c = state.counts
-    c.count[:], c.documents[:], c.highest[:] = column("count"), column("documents"), column("max")
+    c.firings[:], c.documents[:], c.highest[:] = column("count"), column("documents"), column("max")
     c.total[:] = np.stack([column("total"), column("total_rest")], axis=1)
-    fired = c.count > 0
+    fired = c.firings > 0
     c.exponent[fired] = np.log2(column("histogram_top")[fired]).astype(np.int64)
-    c.histogram[:], c.levels[:], c.octaves[:] = lists("histogram"), lists("levels"), lists("position_octaves")
+    c.histogram[:], c.levels[:], c.octaves[:] = (
+        rows_of("histogram"),
+        rows_of("levels"),
+        rows_of("position_octaves"),
+    )
     names = ("position_total", "position_squares", "position_first")
     c.positions[:] = np.stack([column(name) for name in names], axis=1)
-    state.counts = c._replace(strata=lists("strata") if len(state.seen.strata) else c.strata)
+    strata = rows_of("strata")  # none where no document has one
+    state.counts = c._replace(strata=strata if strata.size else c.firings[:, None].copy())
 
     examples, tokens = Table(folder, "examples"), Table(folder, "tokens")
     for number in range(examples.groups):
@@ -243,7 +249,7 @@ def read_state(folder: Path, state: State, places: Places, seed: int, level: int
     state.occurrences[words["token"].to_numpy()] = words["occurrences"].to_numpy()
 
 
-def _read_examples(rows: pa.Table, state: State, places: Places, seed: int) -> None:
+def _read_examples(rows: Any, state: State, places: Places, seed: int) -> None:
     kind, group = rows["kind"].to_numpy(zero_copy_only=False), rows["group"].to_numpy().astype(np.int64)
     columns = [rows[name].to_numpy() for name in ("latent", "passage", "position", "value")]
     around: F32 = rows["activations"].combine_chunks().flatten().to_numpy().reshape(len(kind), -1)
@@ -256,11 +262,11 @@ def _read_examples(rows: pa.Table, state: State, places: Places, seed: int) -> N
             # A hash of classes, and so of the same numbers that were hashed when they were read.
             width, near = places.width, places.around(passage, position)
             begins = np.arange(len(near), dtype=np.int64) * near.shape[1]
-            hashes = np.empty(near.size, np.uint64)
-            loops.contexts_of(near.ravel(), begins, begins + near.shape[1], width, hashes)
-            key = hashes[begins + width]
+            found = np.empty(near.size, np.uint64)
+            hashes.contexts_of(near.ravel(), begins, begins + near.shape[1], width, found)
+            key = found[begins + width]
         else:
-            key = loops.mixed(places.keys(seed, passage, position), latent.astype(np.uint64))
+            key = hashes.mixed(places.keys(seed, passage, position), latent.astype(np.uint64))
         where = (latent, slot)
         slots.key[where], slots.value[where], slots.passage[where] = key, value, passage
         slots.position[where], slots.around[where] = position, around[chosen]

@@ -3,8 +3,8 @@
 Memory is bounded by the number of latents and the batch, not by the corpus.  Each token is stored once;
 examples refer to it by passage and position and carry only the latent's own activations around it.
 
-The corpus is read in parts.  After a part the state may be saved, and a killed build goes on from there; which
-parts one of several workers reads depends on the corpus alone, and `merging` makes one index of theirs.
+The corpus is read in parts.  After a part the state may be saved, and a killed build goes on from there;
+which parts one of several workers reads depends on the corpus alone, and `merging` makes one index of theirs.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class IndexConfig:
     coactive: int = 20
     """Latents kept that fire on the same tokens, by Jaccard index, and as many by mutual information."""
     coactive_entries: int = 1 << 23
-    """Firings in the sample of tokens on which co-activation is counted; a smaller corpus is counted whole."""
+    """Firings in the sample of tokens that co-activation is counted on; a smaller corpus is counted whole."""
     part: int = 1 << 21
     """Characters in a part of the corpus, the unit of saving and of sharing among workers."""
     save_seconds: float = 60.0
@@ -143,13 +143,14 @@ def build_index(
     """Read `documents` once and write the index folder `out`.
 
     `sae_id` identifies the SAE in the manifest; `paths` says where its inputs live.  With `beside`, other
-    autoencoders and their ids, each latent's neighbours in them are found, too.  A `share` of the corpus makes an
-    index of its own, for `merging.merge_indexes`.  With `append` the new index holds what that one does, which
-    stays as it is, and the documents that it has not read: those after its own, if they come first, or else all.
+    autoencoders and their ids, each latent's neighbours in them are found, too.  A `share` of the corpus
+    makes an index of its own, for `merging.merge_indexes`.  With `append` the new index holds what that one
+    does, which stays as it is, and the documents that it has not read: those after its own, if they come
+    first, or else all.
 
-    An interrupted build keeps what it has saved in a hidden folder beside `out`, and a later one with the same
-    settings goes on from there to the same bytes.  Raises UserError when `out` exists, when the SAE does not
-    fit the model, when no token is counted, and when an unfinished or appended index has other settings.
+    An interrupted build keeps what it has saved in a hidden folder beside `out`, and a later one with the
+    same settings goes on from there to the same bytes.  Raises UserError when `out` exists, when the SAE does
+    not fit the model, when no token is counted, and when an unfinished or appended index has other settings.
     """
     site = site_of(sae, lm, site)
     reading = Reading(config.positions, config.context, config.batch_tokens, config.same_context, config.seed)

@@ -13,22 +13,12 @@ Firings of a stretch of text are listed by latent: those of latent j are `rows`,
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Any, NamedTuple
 
-import numba
 import numpy as np
-from numpy.typing import NDArray
 
 from unbraid.features.groups import HISTOGRAM_BINS, INTERVALS, LEVELS, OCTAVES
-
-P = ParamSpec("P")
-R = TypeVar("R")
-F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
-I32 = NDArray[np.int32]
-I64 = NDArray[np.int64]
-U64 = NDArray[np.uint64]
+from unbraid.features.hashes import F32, F64, I32, I64, U64, compiled, mix
 
 BINS, OF_INTERVAL = HISTOGRAM_BINS, HISTOGRAM_BINS // INTERVALS
 BELOW = LEVELS * OCTAVES
@@ -38,7 +28,10 @@ LOWEST = -60
 
 ROW = np.dtype(
     [
-        ("key", np.uint64),  # a random number that depends on the seed, the document and the place in it alone
+        (
+            "key",
+            np.uint64,
+        ),  # a random number that depends on the seed, the document and the place in it alone
         ("context", np.uint64),  # a hash of the tokens around it
         ("passage", np.int64),  # the window that it belongs to
         ("document", np.int64),  # number of its document; it never falls from one stretch to the next
@@ -49,8 +42,8 @@ ROW = np.dtype(
     ]
 )
 """A counted token of a stretch of text; all of it in one line of the cache."""
-Rows = NDArray[Any]
-"""Tokens (n,) of type ROW."""
+Rows = Any
+"""Tokens (n,) of type ROW: a record array, whose fields the type checker does not know."""
 
 
 class Slots(NamedTuple):
@@ -71,7 +64,7 @@ class Slots(NamedTuple):
 class Counts(NamedTuple):
     """What is counted of every latent, all (F, …)."""
 
-    count: I64
+    firings: I64
     documents: I64
     last_document: I64
     total: F64
@@ -87,62 +80,17 @@ class Counts(NamedTuple):
     strata: I64
 
 
-def _compiled(function: Callable[P, R]) -> Callable[P, R]:
-    # No reordering of sums: what rounding leaves out is kept.
-    return cast("Callable[P, R]", numba.njit(nogil=True, cache=True, error_model="numpy")(function))
-
-
-@_compiled
-def mix(x: np.uint64) -> np.uint64:
-    """SplitMix64's finaliser (Steele, Lea and Flood, 2014): every input bit reaches every output bit."""
-    x = np.uint64(x + np.uint64(0x9E3779B97F4A7C15))
-    x = np.uint64((x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9))
-    x = np.uint64((x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB))
-    return np.uint64(x ^ (x >> np.uint64(31)))
-
-
-@_compiled
-def keys_of(seed: np.uint64, document: I64, place: I64, out: U64) -> None:
-    """A random number for each place in each document."""
-    for i in range(len(out)):
-        out[i] = mix(mix(seed ^ np.uint64(document[i])) ^ np.uint64(place[i]))
-
-
-@_compiled
-def mixed(key: U64, latent: U64) -> U64:
-    """The priorities of firings (n,) at places with these keys, as `take_in` draws them."""
-    out = np.empty(len(key), np.uint64)
-    for i in range(len(key)):
-        out[i] = mix(key[i] ^ latent[i])
-    return out
-
-
-@_compiled
-def contexts_of(classes: U64, begins: I64, ends: I64, width: int, out: U64) -> None:
-    """Hash of the classes of the `width` tokens to either side of each token, and its own.
-
-    classes, out: (n,), of windows one after another that are begins[w]:ends[w].
-    """
-    for w in range(len(begins)):
-        for i in range(begins[w], ends[w]):
-            found = np.uint64(0)
-            for j in range(i - width, i + width + 1):
-                inside = begins[w] <= j < ends[w]
-                found = mix(found ^ (classes[j] if inside else np.uint64(1)))
-            out[i] = found
-
-
-@_compiled
-def _exponent(bits: int) -> int:
+@compiled
+def _exponent(bits: Any) -> int:
     """Least e of LOWEST or more with value < 2^e, for a value above 0 with these bits."""
     return max((bits >> 23) - 126, LOWEST)
 
 
-@_compiled
+@compiled
 def _offer_best(
     best: Slots, j: int, context: np.uint64, value: np.float32, passage: int, position: int
 ) -> int:
-    """Take a firing among the best of different contexts, of equal ones the earlier; returns its slot, or −1."""
+    """Take a firing among the best of different contexts, the earlier of equals; returns its slot, or −1."""
     contexts, values, passages, positions = best.key[j], best.value[j], best.passage[j], best.position[j]
     worst, into = 0, -1
     for s in range(len(values)):
@@ -163,9 +111,7 @@ def _offer_best(
         value < values[into]
         or (
             value == values[into]
-            and (
-                passage > passages[into] or (passage == passages[into] and position >= positions[into])
-            )
+            and (passage > passages[into] or (passage == passages[into] and position >= positions[into]))
         )
     ):
         return -1
@@ -173,7 +119,7 @@ def _offer_best(
     return into
 
 
-@_compiled
+@compiled
 def _offer_sample(
     sample: Slots, j: int, low: int, high: int, key: np.uint64, value: np.float32, passage: int, position: int
 ) -> int:
@@ -196,9 +142,7 @@ def _offer_sample(
         key < keys[last]
         or (
             key == keys[last]
-            and (
-                passage > passages[last] or (passage == passages[last] and position >= positions[last])
-            )
+            and (passage > passages[last] or (passage == passages[last] and position >= positions[last]))
         )
     ):
         return -1
@@ -207,7 +151,7 @@ def _offer_sample(
     return last
 
 
-@_compiled
+@compiled
 def _latest(sample: Slots, j: int, low: int, high: int) -> np.uint64:
     """The least key in these slots, 0 while one is free: firings below it need not be offered."""
     keys, passages = sample.key[j], sample.passage[j]
@@ -219,7 +163,7 @@ def _latest(sample: Slots, j: int, low: int, high: int) -> np.uint64:
     return least
 
 
-@_compiled
+@compiled
 def _weakest(best: Slots, j: int) -> np.float32:
     """The least value of the best, 0 while a slot is free."""
     values, passages = best.value[j], best.passage[j]
@@ -231,7 +175,7 @@ def _weakest(best: Slots, j: int) -> np.float32:
     return least
 
 
-@_compiled
+@compiled
 def _surround(rows: Rows, row: I32, value: F32, at: int, begin: int, end: int, out: F32) -> None:
     """The latent's activations around firing `at` of its list begin … end − 1, in `out` (2 · reach + 1,)."""
     reach, here = len(out) // 2, rows[row[at]]
@@ -246,14 +190,14 @@ def _surround(rows: Rows, row: I32, value: F32, at: int, begin: int, end: int, o
             i += step
 
 
-@_compiled
+@compiled
 def _copy(source: Slots, j: int, s: int, target: Slots, t: int) -> None:
     if t >= 0:
         for c in range(source.around.shape[2]):
             target.around[j, t, c] = source.around[j, s, c]
 
 
-@_compiled
+@compiled
 def widen(counts: Counts, spread: Slots, j: int, exponent: int) -> None:
     """Raise the top of a latent's histograms to 2^exponent by merging bins, which is exact, and of its
     intervals' samples by sampling from the merged ones."""
@@ -280,7 +224,7 @@ def widen(counts: Counts, spread: Slots, j: int, exponent: int) -> None:
                 spread.around[j, t] = around[s]
 
 
-@_compiled
+@compiled
 def _two_sum(total: float, value: float) -> tuple[float, float]:
     """Their sum, and what rounding leaves out of it (Knuth)."""
     new = total + value
@@ -288,7 +232,7 @@ def _two_sum(total: float, value: float) -> tuple[float, float]:
     return new, (total - (new - part)) + (value - part)
 
 
-@_compiled
+@compiled
 def take_in(
     begin: int,
     end: int,
@@ -363,24 +307,22 @@ def take_in(
             if i + 1 == b or rows[row[i + 1]].passage != token.passage:
                 best_of = rows[row[peak]]
                 if value[peak] >= weakest:
-                    s = _offer_best(
-                        best, j, best_of.context, value[peak], best_of.passage, best_of.position
-                    )
+                    s = _offer_best(best, j, best_of.context, value[peak], best_of.passage, best_of.position)
                     if s >= 0:
                         _surround(rows, row, value, peak, a, b, best.around[j, s])
                         weakest = _weakest(best, j)
                 peak = i + 1
-        counts.count[j] += b - a
+        counts.firings[j] += b - a
         counts.documents[j] += fresh
         counts.last_document[j] = last
-        counts.highest[j] = max(counts.highest[j], value[a : b].max())
+        counts.highest[j] = max(counts.highest[j], value[a:b].max())
         counts.total[j, 0], counts.total[j, 1] = total, rest
         counts.positions[j, 0] += places
         counts.positions[j, 1] += squares
         counts.positions[j, 2] += openings
 
 
-@_compiled
+@compiled
 def merge(
     begin: int,
     end: int,
@@ -399,7 +341,7 @@ def merge(
         exponent = max(counts.exponent[j], more.exponent[j])
         widen(counts, spread, j, exponent)
         widen(more, more_spread, j, exponent)
-        counts.count[j] += more.count[j]
+        counts.firings[j] += more.firings[j]
         counts.documents[j] += more.documents[j]
         counts.highest[j] = max(counts.highest[j], more.highest[j])
         total, lost = _two_sum(counts.total[j, 0], more.total[j, 0])
@@ -432,166 +374,3 @@ def merge(
                     more_spread.passage[j, s], more_spread.position[j, s],
                 )  # fmt: skip
                 _copy(more_spread, j, s, spread, t)
-
-
-@_compiled
-def count_pairs(
-    begin: int,
-    end: int,
-    first: I64,
-    item: I32,
-    more_first: I64,
-    more_item: I32,
-    more_times: I32,
-    scratch: I32,
-    out_first: I64,
-    out_item: I32,
-    out_times: I32,
-    found: I64,
-    times: I32,
-) -> None:
-    """Add up two lists of (item, times) of each latent begin … end − 1, each item once in the result.
-
-    The first list is item[first[j]:first[j + 1]], with `times` of its own or, if that is empty, once each.
-    The result is written from out_first[j] on, found[j] long; scratch (items,) is 0 before and after.
-    """
-    for j in range(begin, end):
-        at = out_first[j]
-        n = 0
-        for i in range(first[j], first[j + 1]):
-            if scratch[item[i]] == 0:
-                out_item[at + n] = item[i]
-                n += 1
-            scratch[item[i]] += times[i] if len(times) else 1
-        for i in range(more_first[j], more_first[j + 1]):
-            if scratch[more_item[i]] == 0:
-                out_item[at + n] = more_item[i]
-                n += 1
-            scratch[more_item[i]] += more_times[i]
-        for i in range(at, at + n):
-            out_times[i] = scratch[out_item[i]]
-            scratch[out_item[i]] = 0
-        found[j] = n
-
-
-@_compiled
-def close_up(first: I64, found: I64, item: I32, times: I32, new_first: I64) -> None:
-    """Move each latent's results together, in place: they begin at new_first[j] afterwards."""
-    at = 0
-    for j in range(len(found)):
-        new_first[j] = at
-        for i in range(first[j], first[j] + found[j]):
-            item[at], times[at] = item[i], times[i]
-            at += 1
-    new_first[len(found)] = at
-
-
-@_compiled
-def _rank(keys: F64, items: I32, n: int, key: float, item: int) -> int:
-    """Put an item among the n best so far, at most len(keys), best first; equal keys by number."""
-    size = len(keys)
-    if n == size and (key < keys[n - 1] or (key == keys[n - 1] and item > items[n - 1])):
-        return n
-    at = min(n, size - 1)
-    while at > 0 and (key > keys[at - 1] or (key == keys[at - 1] and item < items[at - 1])):
-        keys[at], items[at] = keys[at - 1], items[at - 1]
-        at -= 1
-    keys[at], items[at] = key, item
-    return min(n + 1, size)
-
-
-@_compiled
-def coactive(
-    begin: int,
-    end: int,
-    starts: I64,
-    latents: I32,
-    first: I64,
-    rows: I32,
-    fewest: int,
-    neighbour: I32,
-    together: I32,
-    found: I64,
-) -> None:
-    """For latents begin … end − 1 those that fire on the same of n sampled tokens.
-
-    starts (n + 1,), latents: the tokens' codes; first (F + 1,), rows: on which tokens each latent fires.
-    neighbour, together: (end − begin, 2 · k): the k with the highest Jaccard index, then those of the k with the
-    highest PMI, together on `fewest` tokens or more, that are not among them.  found: (end − begin,).
-    """
-    n, F, k = len(starts) - 1, len(first) - 1, neighbour.shape[1] // 2
-    count, touched = np.zeros(F, np.int32), np.empty(F, np.int32)
-    by_jaccard, by_pmi = np.empty(k, np.float64), np.empty(k, np.float64)
-    near, close = np.empty(k, np.int32), np.empty(k, np.int32)
-    for j in range(begin, end):
-        seen = 0
-        for i in range(first[j], first[j + 1]):
-            for e in range(starts[rows[i]], starts[rows[i] + 1]):
-                other = latents[e]
-                if count[other] == 0:
-                    touched[seen] = other
-                    seen += 1
-                count[other] += 1
-        own = first[j + 1] - first[j]
-        a = b = 0
-        for t in range(seen):
-            other = touched[t]
-            if other == j:
-                continue
-            both, its = count[other], first[other + 1] - first[other]
-            a = _rank(by_jaccard, near, a, both / (own + its - both), other)
-            if both >= fewest:
-                b = _rank(by_pmi, close, b, np.float64(both) * n / (np.float64(own) * its), other)
-        at = 0
-        for t in range(a):
-            neighbour[j - begin, at], together[j - begin, at] = near[t], count[near[t]]
-            at += 1
-        for t in range(b):
-            known = False
-            for u in range(a):
-                known = known or near[u] == close[t]
-            if not known:
-                neighbour[j - begin, at], together[j - begin, at] = close[t], count[close[t]]
-                at += 1
-        found[j - begin] = at
-        for t in range(seen):
-            count[touched[t]] = 0
-
-
-@_compiled
-def shown(classes: U64, held: I64, least: int, rank: I32) -> None:
-    """Number the examples that are like none before them: rank 0, 1, …, and −1 for those that are.
-
-    classes: (m, width), of the tokens around each example, of several latents one after another, strongest
-    first; held: how many each latent has.  Two are alike when `least` of the tokens agree.
-    """
-    at = 0
-    for n in held:
-        number = 0
-        for i in range(at, at + n):
-            rank[i] = number
-            for other in range(at, i):
-                if rank[other] < 0:
-                    continue
-                same = 0
-                for c in range(classes.shape[1]):
-                    same += classes[i, c] == classes[other, c]
-                if same >= least:
-                    rank[i] = -1
-                    break
-            number += rank[i] >= 0
-        at += n
-
-
-@_compiled
-def effect_histogram(effects: F32, counts: I64, low: F32, high: F32) -> None:
-    """Histogram of each row of effects (m, vocab) in counts (m, bins), from its least to its greatest."""
-    bins = counts.shape[1]
-    for i in range(len(effects)):
-        least = most = effects[i, 0]
-        for v in effects[i]:
-            least, most = min(least, v), max(most, v)
-        low[i], high[i] = least, most
-        scale = bins / (np.float64(most) - least) if most > least else 0.0
-        for v in effects[i]:
-            counts[i, min(int((np.float64(v) - least) * scale), bins - 1)] += 1

@@ -1,4 +1,4 @@
-"""Make one index of several workers' shares: the same tables, byte for byte, as one worker alone would make."""
+"""Make one index of several workers' shares: the same tables, byte for byte, as one worker's alone."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def _require_whole(shares: Sequence[Index]) -> None:
         for name in ("site", "d_sae", "beside", "config", "ids", "first_document"):
             if share.manifest.facts[name] != first.facts[name]:
                 raise UserError(
-                    f"{share.folder} and {shares[0].folder} differ in {'text' if name == 'ids' else name}; merge "
-                    "shares of one corpus with the same settings"
+                    f"{share.folder} and {shares[0].folder} differ in {'text' if name == 'ids' else name}; "
+                    "merge shares of one corpus with the same settings"
                 )
         for name in ("sae", "model", "tokenizer"):
             if share.manifest.inputs[name] != first.inputs[name]:

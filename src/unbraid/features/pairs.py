@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from unbraid.features import loops
-from unbraid.features.loops import I32, I64
+from unbraid.features import lists
+from unbraid.features.hashes import I32, I64
 from unbraid.manifest.files import writing
 from unbraid.sae.kernels.cpu import PARTS, side_by_side
 
@@ -40,7 +40,7 @@ class Pairs:
         return Pairs(np.zeros(d_sae + 1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.int32))
 
     def plus(self, first: I64, token: I32, times: I32) -> Pairs:
-        """The sum with other pairs, whose times are 1 where `times` is empty; a token may stand there twice."""
+        """The sum with other pairs, whose times are 1 where `times` is empty; a token may be there twice."""
         d_sae, out = len(first) - 1, first + self.first
         room = int(out[-1])
         item, count = np.empty(room, np.int32), np.empty(room, np.int32)
@@ -50,13 +50,13 @@ class Pairs:
         cuts[0], cuts[-1] = 0, d_sae
 
         def some(part: int) -> None:
-            loops.count_pairs(
+            lists.count_pairs(
                 int(cuts[part]), int(cuts[part + 1]), first, token, self.first, self.token, self.times,
                 np.zeros(items, np.int32), out, item, count, found, times,
             )  # fmt: skip
 
         side_by_side(some, range(PARTS))
-        loops.close_up(out, found, item, count, new_first)
+        lists.close_up(out, found, item, count, new_first)
         n = int(new_first[-1])
         return Pairs(new_first, item[:n].copy(), count[:n].copy())
 

@@ -1,7 +1,7 @@
 """What a pass over a corpus knows of every latent: counted, merged, saved and gone on with.
 
-Memory depends on the number of latents alone.  A state is a function of the documents that it has seen: not of
-the batches or parts in which they came, nor of the order in which parts were merged.
+Memory depends on the number of latents alone.  A state is a function of the documents that it has seen: not
+of the batches or parts in which they came, nor of the order in which parts were merged.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unbraid.features import loops
+from unbraid.features import hashes, loops
 from unbraid.features.coactive import TokenSample
 from unbraid.features.groups import HISTOGRAM_BINS, INTERVALS, LEVELS, OCTAVES
-from unbraid.features.loops import F32, I32, I64, U64, Counts, Rows, Slots
+from unbraid.features.hashes import F32, I32, I64, U64
+from unbraid.features.loops import Counts, Rows, Slots
 from unbraid.features.pairs import TokenCounts
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.files import writing
@@ -206,7 +207,7 @@ def _apart(keys: U64) -> U64:
 def row_keys(seed: int, document: I64, place: Sequence[int] | I64) -> U64:
     """A random number for each place in each document, (n,)."""
     out = np.empty(len(document), np.uint64)
-    loops.keys_of(np.uint64(seed & 0xFFFFFFFFFFFFFFFF), document, np.asarray(place, np.int64), out)
+    hashes.keys_of(np.uint64(seed & 0xFFFFFFFFFFFFFFFF), document, np.asarray(place, np.int64), out)
     return out
 
 
@@ -215,7 +216,7 @@ def _no_counts(F: int) -> Counts:
         return np.zeros((F, *shape), np.int64)
 
     return Counts(
-        count=zeros(),
+        firings=zeros(),
         documents=zeros(),
         last_document=np.full(F, -1),
         total=np.zeros((F, 2)),

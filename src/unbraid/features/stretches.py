@@ -18,8 +18,9 @@ from unbraid.activations.documents import Document
 from unbraid.activations.plan import Piece, batched
 from unbraid.activations.text import Positions
 from unbraid.activations.text import windows as windows_of
-from unbraid.features import loops
-from unbraid.features.loops import F32, I32, I64, U64, Rows
+from unbraid.features import hashes, loops
+from unbraid.features.hashes import F32, I32, I64, U64
+from unbraid.features.loops import Rows
 from unbraid.features.state import row_keys
 from unbraid.features.tables import PLACES
 from unbraid.manifest.errors import UserError
@@ -29,7 +30,7 @@ from unbraid.model.sites import Site
 from unbraid.sae.base import SAE
 
 STRETCH = 16
-"""Batches' worth of tokens whose codes are in memory at the same time, and whose windows are sorted by length."""
+"""Batches' worth of tokens whose codes are in memory at a time, and whose windows are sorted by length."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def parts_of(
 
 
 class Classes:
-    """What tokens have in common: a number for each, the same for those that differ by case, spaces or digits.
+    """What tokens have in common: a number for each, the same for those that differ by case, spaces, digits.
 
     Contexts of equal classes are the same context.
     """
@@ -169,7 +170,7 @@ class Reader:
         ends = np.cumsum(lengths)
         tokens = np.concatenate([np.array(piece.window.input_ids, np.int64) for piece in pieces])
         context = np.empty(len(tokens), np.uint64)
-        loops.contexts_of(self.classes(tokens), ends - lengths, ends, self.reading.same_context, context)
+        hashes.contexts_of(self.classes(tokens), ends - lengths, ends, self.reading.same_context, context)
         keep = np.concatenate([piece.keep for piece in pieces])
         window = np.repeat(np.arange(len(pieces)), lengths)[keep]
         document = np.array([piece.document for piece in pieces], np.int64)

@@ -134,8 +134,8 @@ class TableWriter:
         self.schema, self.per_group = SCHEMAS[table], LATENTS[table]
         self._writer = pq.ParquetWriter(folder / f"{table}.parquet", self.schema, compression="zstd")
 
-    def write(self, columns: Mapping[str, Any] | pa.Table) -> None:
-        """The rows of the next `per_group` latents, or of the last few."""
+    def write(self, columns: Any) -> None:
+        """The rows of the next `per_group` latents, or of the last few: a table, or columns by name."""
         block = columns if isinstance(columns, pa.Table) else pa.table(dict(columns), schema=self.schema)
         self._writer.write_table(block, row_group_size=max(len(block), 1))
 
@@ -160,7 +160,7 @@ class Table:
         first, stop = column.searchsorted([latent, latent + 1])
         return found.slice(first, stop - first).to_pylist()
 
-    def group(self, number: int, columns: Sequence[str] | None = None) -> pa.Table:
+    def group(self, number: int, columns: Sequence[str] | None = None) -> Any:
         """A row group: the rows of latents number · per_group and the next ones."""
         # Opening costs nothing with the metadata at hand, and one reader must not be shared by threads.
         with pq.ParquetFile(self.path, metadata=self._metadata) as file:
@@ -177,14 +177,14 @@ class Passages:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / PASSAGES
-        self._parts: dict[int, pa.Table] = {}
+        self._parts: dict[int, Any] = {}
 
     def __getitem__(self, passage: int) -> dict[str, Any]:
         """A passage by its number, as a mapping from PASSAGE's columns."""
         part = self.part(passage >> PLACES)
         return part.slice(passage & ((1 << PLACES) - 1), 1).to_pylist()[0]
 
-    def part(self, number: int) -> pa.Table:
+    def part(self, number: int) -> Any:
         """A part's passages; they stay on the disk until they are looked at."""
         if number not in self._parts:
             source = pa.memory_map(str(self.folder / part_name(number)))
@@ -196,7 +196,7 @@ class Passages:
         """The numbers of the parts that are there."""
         return sorted(int(path.stem) for path in self.folder.glob("*.arrow"))
 
-    def all(self) -> pa.Table:
+    def all(self) -> Any:
         """All parts as one table."""
         return pa.concat_tables([PASSAGE.empty_table(), *(self.part(n) for n in self.numbers)])
 

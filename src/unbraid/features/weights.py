@@ -1,4 +1,4 @@
-"""What an autoencoder's weights say of each latent: tokens that it promotes, effects on logits, neighbours."""
+"""What the weights say of each latent: tokens that it promotes, effects on logits, neighbours."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from unbraid.features import loops
+from unbraid.features import lists
 from unbraid.features.geometry import logit_effects, strongest
 from unbraid.features.tables import LATENTS, SCHEMAS, TableWriter
 from unbraid.manifest.errors import UserError
@@ -36,7 +36,7 @@ def write_effects(
             effects = logit_effects(sae, lm, latents)
             counts = np.zeros((len(latents), LOGIT_BINS), np.int64)
             low, high = np.empty(len(latents), np.float32), np.empty(len(latents), np.float32)
-            loops.effect_histogram(effects.numpy(), counts, low, high)
+            lists.effect_histogram(effects.numpy(), counts, low, high)
             columns: dict[str, Any] = {"latent": list(latents)}
             for name, sign in (("promoted", 1), ("suppressed", -1)):
                 words, logits = strongest(lm, effects, tokens, sign)
@@ -48,7 +48,7 @@ def write_effects(
 
 
 def write_neighbours(folder: Path, sae: SAE, beside: Sequence[tuple[SAE, str]], k: int) -> None:
-    """The table neighbours: the k latents with the largest cosines, in this autoencoder and in those beside it.
+    """The table neighbours: the k latents with the largest cosines, in this autoencoder and those beside it.
 
     Raises UserError where another one's weights have another width.
     """
@@ -60,8 +60,8 @@ def write_neighbours(folder: Path, sae: SAE, beside: Sequence[tuple[SAE, str]], 
             theirs = other.W_dec.detach() if kind == "decoder" else other.W_enc.detach().T
             if theirs.shape[1] != own.shape[1]:
                 raise UserError(
-                    f"the autoencoder {its[:12]}… of --beside has directions of {theirs.shape[1]} dimensions and this "
-                    f"one of {own.shape[1]}, so they have no cosines; leave it out"
+                    f"the autoencoder {its[:12]}… of --beside has directions of {theirs.shape[1]} dimensions "
+                    f"and this one of {own.shape[1]}, so they have no cosines; leave it out"
                 )
             found.append((kind, its, *nearest(own, theirs, k)))
     d_sae, per = sae.config.d_sae, LATENTS["neighbours"]
