@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tyro
 
-from unbraid.cli.models import PRACTICE, open_model
+from unbraid.cli.models import name_of, open_model
 from unbraid.cli.saes import open_sae
 from unbraid.manifest.errors import UserError
 from unbraid.model.load import LanguageModel
@@ -71,9 +71,7 @@ class _Models:
     def model(self, source: Source) -> LanguageModel:
         """The model of an index: the one that was named, else where the index says it was."""
         manifest = source.index.manifest
-        place = (manifest.paths or {}).get("model")
-        name = self.options.model or (str(source.index.folder / place) if place else "")
-        lm = open_model(name or _known(source), device=self.options.device)
+        lm = open_model(name_of(source.index, self.options.model), device=self.options.device)
         if lm.id != manifest.inputs["model"]:
             raise UserError(
                 f"model {lm.name} has weights {lm.id[:12]}… but {source.name} was made with "
@@ -91,15 +89,3 @@ class _Models:
                 f"{source.sae_id[:12]}…; put that one below the folder that is browsed"
             )
         return sae.to(self.options.device)
-
-
-def _known(source: Source) -> str:
-    """The name of a model that comes with unbraid or from the Hub."""
-    from unbraid.practice.assistant import folder
-
-    name = source.model_name
-    if name == folder().name:
-        return PRACTICE
-    if "/" in name:
-        return name
-    raise UserError(f"{source.name} does not say where its model {name} lies; name it with --model")

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from unbraid.activations.text import require_tokenizer
-from unbraid.cli.models import open_model
 from unbraid.cli.progress import shown
-from unbraid.cli.saes import folder_of, open_sae, require_same, sae_of
+from unbraid.cli.saes import both_of, sae_of
 from unbraid.features.exchange import delphi, neuronpedia, saedashboard
 from unbraid.features.exchange.neuronpedia import Names
 from unbraid.features.labels.store import Labels
@@ -62,14 +60,7 @@ def run(options: Options) -> None:
 
 
 def _to_delphi(options: Options, index: Index) -> Path:
-    paths = index.manifest.paths or {}
-    beside = index.folder / paths["model"] if "model" in paths else None
-    name = str(beside) if beside is not None and beside.is_dir() else str(index.manifest.facts["model_name"])
-    lm = open_model(options.model or name)
-    require_tokenizer(lm, index.manifest.inputs["tokenizer"], index.folder)
-    folder = folder_of(index, options.sae)
-    sae, identity = open_sae(folder, lm)
-    require_same(index, identity, folder)
+    lm, sae = both_of(index, options.model, options.sae)
     with shown("export", "passages") as progress:
         return delphi.export(index, options.out, sae, lm, tokens=options.tokens, progress=progress)
 

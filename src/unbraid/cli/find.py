@@ -12,9 +12,9 @@ from rich.table import Table
 
 from unbraid.activations.documents import read_documents
 from unbraid.activations.text import require_tokenizer
-from unbraid.cli.models import open_model
+from unbraid.cli.models import name_of, open_model
 from unbraid.cli.progress import shown
-from unbraid.cli.saes import open_sae, this_command
+from unbraid.cli.saes import folder_of, open_sae, this_command
 from unbraid.features.find import FindConfig, FindResult, find
 from unbraid.features.page import Index
 from unbraid.features.scores import document_scores
@@ -120,15 +120,8 @@ def _sources(options: Options, index: Index | None) -> tuple[Path, str, str]:
         if options.sae is None or not options.model:
             raise UserError("say where to search: --index DIR, or --sae DIR with --model M")
         return options.sae, options.model, options.site
-    paths, facts = index.manifest.paths or {}, index.manifest.facts
-    sae = options.sae
-    if sae is None and ("sae" not in paths or not (sae := index.folder / paths["sae"]).is_dir()):
-        raise UserError(f"the SAE of {index.folder} is not where it was; say where with --sae DIR")
-    model = options.model
-    if not model:
-        beside = index.folder / paths["model"] if "model" in paths else None
-        model = str(beside) if beside is not None and beside.is_dir() else str(facts["model_name"])
-    return sae, model, options.site or str(facts["site"])
+    site = options.site or str(index.manifest.facts["site"])
+    return folder_of(index, options.sae), name_of(index, options.model), site
 
 
 def show(result: FindResult, console: Console) -> None:

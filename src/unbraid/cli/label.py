@@ -15,10 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from unbraid.activations.text import require_tokenizer
-from unbraid.cli.models import open_model
 from unbraid.cli.progress import shown
-from unbraid.cli.saes import open_sae
+from unbraid.cli.saes import both_of
 from unbraid.features.embedding import open_embedder
 from unbraid.features.labels.calls import Calls
 from unbraid.features.labels.contexts import ContextConfig, Contexts
@@ -31,7 +29,7 @@ from unbraid.features.labels.llm import LLM
 from unbraid.features.labels.scores import Score
 from unbraid.features.labels.store import Labels, labels_path
 from unbraid.features.page import Index
-from unbraid.manifest.errors import IntegrityError, UserError
+from unbraid.manifest.errors import UserError
 from unbraid.manifest.files import write_text
 
 BUSIEST = 20
@@ -213,20 +211,8 @@ def _busiest(index: Index) -> list[int]:
 
 
 def _contexts(options: Options, index: Index) -> Contexts:
-    paths, facts = index.manifest.paths or {}, index.manifest.facts
-    sae = options.sae
-    if sae is None and ("sae" not in paths or not (sae := index.folder / paths["sae"]).is_dir()):
-        raise UserError(f"the SAE of {index.folder} is not where it was; say where with --sae DIR")
-    model = options.model
-    if not model:
-        beside = index.folder / paths["model"] if "model" in paths else None
-        model = str(beside) if beside is not None and beside.is_dir() else str(facts["model_name"])
-    lm = open_model(model, device=options.device)
-    require_tokenizer(lm, index.manifest.inputs["tokenizer"], index.folder)
-    opened, identity = open_sae(sae, lm)
-    if index.manifest.inputs["sae"] != identity:
-        raise IntegrityError(f"{sae} is not the SAE that {index.folder} was made from; index it again")
-    return Contexts(index, opened.to(lm.device), lm, options.contexts)
+    lm, sae = both_of(index, options.model, options.sae, device=options.device)
+    return Contexts(index, sae, lm, options.contexts)
 
 
 def _llm(options: Options, labels: Labels) -> LLM:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from unbraid.activations.text import require_tokenizer
+from unbraid.cli.models import name_of, open_model
 from unbraid.features.page import Index
 from unbraid.manifest.errors import IntegrityError, UserError
 from unbraid.manifest.identity import sha256_file
@@ -40,8 +41,10 @@ def open_sae(folder: Path, lm: LanguageModel | None) -> tuple[SAE, str]:
 
 def folder_of(index: Index, given: Path | None) -> Path:
     """Where the autoencoder of an index is: as given, else where it was; UserError if it is not there."""
+    if given is not None:
+        return given  # what is not there is told by who opens it
     paths = index.manifest.paths or {}
-    folder = given or (index.folder / paths["sae"] if "sae" in paths else None)
+    folder = index.folder / paths["sae"] if "sae" in paths else None
     if folder is None or not folder.exists():
         raise UserError(f"the SAE of {index.folder} is not where it was; say where with --sae DIR")
     return folder
@@ -58,6 +61,20 @@ def sae_of(index: Index, given: Path | None) -> tuple[SAE, Path]:
     identity = check_files(place).id if (place / MANIFEST).is_file() else sha256_file(source.weights)
     require_same(index, identity, folder)
     return source.load(), folder
+
+
+def both_of(index: Index, model: str, sae: Path | None, *, device: str = "cpu") -> tuple[LanguageModel, SAE]:
+    """The model and the autoencoder of an index, as given or else where they were, on a device.
+
+    Raises UserError where one is not to be found or has another tokenizer, and IntegrityError where the
+    autoencoder is another one.
+    """
+    lm = open_model(name_of(index, model), device=device)
+    require_tokenizer(lm, index.manifest.inputs["tokenizer"], index.folder)
+    folder = folder_of(index, sae)
+    opened, identity = open_sae(folder, lm)
+    require_same(index, identity, folder)
+    return lm, opened.to(lm.device)
 
 
 def require_same(index: Index, identity: str, folder: Path) -> None:

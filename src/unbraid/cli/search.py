@@ -12,18 +12,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from unbraid.activations.text import require_tokenizer
-from unbraid.cli.models import open_model
 from unbraid.cli.progress import shown
-from unbraid.cli.saes import folder_of, open_sae, require_same, sae_of
+from unbraid.cli.saes import both_of, sae_of
 from unbraid.features.embedding import open_embedder
 from unbraid.features.labels.store import Labels
 from unbraid.features.page import Index
 from unbraid.features.search import Hit, Search
 from unbraid.features.search_text import TextIndex
 from unbraid.manifest.errors import UserError
-from unbraid.model.load import LanguageModel
-from unbraid.sae.base import SAE
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,7 @@ def _found(options: Options, search: Search) -> list[Hit]:
         with shown("meanings", "latents") as progress:
             return search.meaning(options.meaning, limit, progress)
     if options.activates_on:
-        lm, sae = _model_and_sae(options, index)
+        lm, sae = both_of(index, options.model, options.sae, device=options.device)
         order: Literal["surprise", "activation"] = "surprise"
         if options.order:
             if options.order not in ("surprise", "activation"):
@@ -107,20 +103,6 @@ def _found(options: Options, search: Search) -> list[Hit]:
         # No model is needed to compare weights.
         return search.direction(_vector(options.direction), sae_of(index, options.sae)[0], limit)
     return search.statistics(options.where, options.order or "-density", limit)
-
-
-def _model_and_sae(options: Options, index: Index) -> tuple[LanguageModel, SAE]:
-    paths, facts = index.manifest.paths or {}, index.manifest.facts
-    model = options.model
-    if not model:
-        beside = index.folder / paths["model"] if "model" in paths else None
-        model = str(beside) if beside is not None and beside.is_dir() else str(facts["model_name"])
-    lm = open_model(model, device=options.device)
-    require_tokenizer(lm, index.manifest.inputs["tokenizer"], index.folder)
-    folder = folder_of(index, options.sae)
-    sae, identity = open_sae(folder, lm)
-    require_same(index, identity, folder)
-    return lm, sae.to(lm.device)
 
 
 def _text(given: str) -> str:
