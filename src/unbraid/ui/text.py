@@ -31,7 +31,9 @@ def visible(text: str) -> str:
 
     One character for one, so that offsets into the text stay right.
     """
-    return text if _HIDDEN.search(text) is None else "".join(_visible_character(c) for c in text)
+    if _HIDDEN.search(text) is None:
+        return str.__str__(text)  # plain: a Markup that somebody slipped in is text to be escaped again
+    return "".join(_visible_character(c) for c in text)
 
 
 def _visible_character(c: str) -> str:
