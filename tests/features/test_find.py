@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.sparse import csc_array
 from scipy.stats import binom
 
 from unbraid.features.find import FindConfig, find
 from unbraid.features.separation import best_threshold, linear_readout
 from unbraid.manifest.errors import UserError
-from unbraid.stats.effects import auroc
+from unbraid.stats.effects import auroc, auroc_p_value
+from unbraid.stats.permutation import max_statistic_null
+from unbraid.stats.splits import split_of
 
 N, F = 120, 60
 
@@ -70,8 +73,6 @@ def test_reported_numbers_ignore_the_splits_that_chose() -> None:
     scores[:N, 7] += 3.0
     config = FindConfig()
     ids = _ids(2 * N)
-    from unbraid.stats.splits import split_of
-
     report = np.array([split_of(name, config.shares) == "report" for name in ids])
     labels = np.arange(2 * N) < N
     result = find(scores[:N], scores[N:], ids, config)
@@ -116,3 +117,38 @@ def test_the_linear_readout_sees_what_no_single_dimension_shows() -> None:
     labels = x[:, 0] - x[:, 1] > 0
     scores = linear_readout(x[:200], labels[:200], x[200:])
     assert float(auroc(scores, labels[200:])) > 0.99
+
+
+def _dense(scores: np.ndarray, labels: np.ndarray, config: FindConfig) -> tuple[np.ndarray, ...]:
+    """AUROC, p-values and null over the whole table at once, silent latents among them."""
+    null = max_statistic_null(
+        scores, labels, "auroc_two_sided", permutations=config.permutations, seed=config.seed
+    )
+    return auroc(scores, labels), auroc_p_value(scores, labels), null
+
+
+@pytest.mark.parametrize("held", [N * 2 // 4, N * 7, 10**9])
+def test_silent_latents_count_in_every_correction(monkeypatch: pytest.MonkeyPatch, held: int) -> None:
+    scores = _scores(6)
+    scores[:N, 7] += 3.0
+    scores[N:, 11] += 1.0
+    # Many that never fire, between those that do, and one that fires in the report split alone.
+    wide = np.zeros((2 * N, 5 * F), dtype=np.float32)
+    wide[:, ::5] = scores
+    report = [split_of(name, FindConfig().shares) == "report" for name in _ids(2 * N)]
+    wide[report, 1] = 1.0
+    monkeypatch.setattr("unbraid.features.find.HELD", held)
+    sparse = find(csc_array(wide[:N]), csc_array(wide[N:]), _ids(2 * N))
+    full = find(wide[:N], wide[N:], _ids(2 * N))
+    monkeypatch.setattr("unbraid.features.find._ranking", lambda s, *rest: _dense(s.toarray(), *rest))
+    assert sparse.latents and sparse == full == find(wide[:N], wide[N:], _ids(2 * N))
+    assert sparse.searched == 5 * F and {35, 55} <= {latent.latent for latent in sparse.latents}
+    # The same latents among fewer have smaller q-values.
+    alone = find(scores[:N], scores[N:], _ids(2 * N))
+    assert sparse.latents[0].q_value == pytest.approx(5 * alone.latents[0].q_value)
+
+
+def test_where_no_latent_fires_nothing_is_reported() -> None:
+    silent = csc_array((N, F), dtype=np.float32)
+    result = find(silent, silent, _ids(2 * N))
+    assert (result.latents, result.best_seen, result.p_anything) == ((), 0.5, 1.0)

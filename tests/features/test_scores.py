@@ -12,7 +12,8 @@ from unbraid.features.scores import document_scores, site_means
 from unbraid.manifest.errors import UserError
 from unbraid.model.load import LanguageModel
 from unbraid.model.read import read_sites
-from unbraid.sae.base import SAE
+from unbraid.sae.base import SAE, SAEConfig
+from unbraid.sae.registry import build
 
 USER = {"role": "user", "content": "Was the package delayed?"}
 
@@ -41,27 +42,45 @@ def test_means_are_over_all_windows_of_a_document(
     scores = document_scores(sae, lm, chosen, positions=positions, context=context, batch_tokens=64)
     assert scores.ids == tuple(document.id for document in chosen)
     assert scores.latents.shape == (len(chosen), 96) and scores.latents.dtype == np.float32
+    dense = scores.latents.toarray()
     for row in (0, len(chosen) // 2, -1):
         latents, raw = _by_hand(sae, lm, chosen[row], context, positions)
-        np.testing.assert_allclose(scores.latents[row], latents, atol=1e-4)
+        np.testing.assert_allclose(dense[row], latents, atol=1e-4)
         np.testing.assert_allclose(scores.raw[row], raw, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "relu"])
+def test_what_is_encoded_in_parts_is_the_same(
+    lm: LanguageModel, sae: SAE, documents: list[Document], monkeypatch: pytest.MonkeyPatch, architecture: str
+) -> None:
+    chosen = build(
+        SAEConfig(architecture, sae.config.d_in, 64, 5 if architecture == "topk" else 0, site=sae.config.site)
+    )
+    with torch.no_grad():
+        for weights in (chosen.W_enc, chosen.b_enc):
+            weights.copy_(torch.randn(weights.shape, generator=torch.Generator().manual_seed(0)))
+    whole = document_scores(chosen, lm, documents, positions="all").latents
+    monkeypatch.setattr("unbraid.features.scores.ROWS", 7)
+    parts = document_scores(chosen, lm, documents, positions="all", batch_tokens=64).latents
+    np.testing.assert_allclose(parts.toarray(), whole.toarray(), rtol=1e-4, atol=1e-4)
+    assert whole.nnz == np.count_nonzero(whole.toarray())
 
 
 def test_the_focus_alone_is_read(sae: SAE, lm: LanguageModel) -> None:
     document = _chat("It was. The storm did it.", (8, 17), "a")
     scores = document_scores(sae, lm, [document])
     latents, _ = _by_hand(sae, lm, document, 256, "focus")
-    np.testing.assert_allclose(scores.latents[0], latents, atol=1e-4)
+    np.testing.assert_allclose(scores.latents.toarray()[0], latents, atol=1e-4)
     whole = document_scores(sae, lm, [document], positions="reply")
     assert scores.tokens[0] < whole.tokens[0]
-    assert not np.allclose(scores.latents, whole.latents)
+    assert not np.allclose(scores.latents.toarray(), whole.latents.toarray())
 
 
 def test_without_any_focus_replies_are_read(sae: SAE, lm: LanguageModel) -> None:
     document = _chat("It was. The storm did it.", None, "a")
     np.testing.assert_array_equal(
-        document_scores(sae, lm, [document]).latents,
-        document_scores(sae, lm, [document], positions="reply").latents,
+        document_scores(sae, lm, [document]).latents.toarray(),
+        document_scores(sae, lm, [document], positions="reply").latents.toarray(),
     )
 
 

@@ -6,15 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from unbraid.features.embedding import FOLDER, SentenceModel, open_embedder
 from unbraid.features.labels.store import Labels
 from unbraid.features.page import Index
 from unbraid.features.search import Search, decoder_cosines
 from unbraid.features.search_activation import Reader, Screens
-from unbraid.features.search_numbers import Condition
+from unbraid.features.search_numbers import Condition, smallest
 from unbraid.manifest.errors import UserError
 from unbraid.model.load import LanguageModel
 from unbraid.model.read import read_sites
@@ -77,6 +81,24 @@ def test_what_is_no_condition_is_named(
         Search(index).statistics(where, order)
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(-3, 3), max_size=30), st.integers(-1, 40))
+def test_the_smallest_are_the_first_of_a_stable_sort(values: list[int], limit: int) -> None:
+    wanted = sorted(range(len(values)), key=lambda place: (values[place], place))[: max(limit, 0)]
+    assert smallest(np.array(values, dtype=float), limit).tolist() == wanted
+
+
+def test_a_latent_without_a_number_fulfils_nothing(tmp_path: Path) -> None:
+    index = handmade(tmp_path / "index", PASSAGES, [Made([(0, 1, float(n + 1))]) for n in range(4)])
+    path = index.folder / "latents.parquet"
+    table = pq.read_table(path)
+    with_gap = pa.array([2.0, None, 1.0, 2.0], pa.float32())
+    pq.write_table(table.set_column(table.schema.get_field_index("max"), "max", with_gap), path)
+    search = Search(index)
+    assert [hit.latent for hit in search.statistics(["max!=1"], "latent")] == [0, 3]
+    assert [hit.latent for hit in search.statistics([], "-max")] == [0, 3, 2]
+
+
 # By direction.
 
 
@@ -87,7 +109,13 @@ def test_directions_are_ranked_by_cosine(index: Index, sae: SAE) -> None:
     hits = Search(index).direction(vector, sae, 7)
     assert [hit.latent for hit in hits] == np.argsort(-cosines)[:7].tolist()
     np.testing.assert_allclose([hit.score for hit in hits], np.sort(cosines)[::-1][:7], atol=1e-6)
-    assert len(Search(index).direction(vector, sae, 1000)) == 96
+    search = Search(index)
+    assert len(search.direction(vector, sae, 1000)) == 96
+    # What is kept of one autoencoder is not used for the next.
+    other = build(SAEConfig("relu", sae.config.d_in, 96))
+    with torch.no_grad():
+        other.W_dec.copy_(sae.W_dec.flip(0) * 3)
+    assert [hit.latent for hit in search.direction(vector, other, 7)] == [95 - hit.latent for hit in hits]
 
 
 def test_blocks_and_empty_rows(sae: SAE, monkeypatch: pytest.MonkeyPatch) -> None:

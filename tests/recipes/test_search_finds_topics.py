@@ -62,7 +62,9 @@ class World:
         )
         self.topics = np.array([topic for topic, _ in held])
         self.ids = [document.id for _, document in held]
-        self.scores = document_scores(self.sae, self.lm, [d for _, d in held], SITE, positions="all").latents
+        self.scores = document_scores(
+            self.sae, self.lm, [d for _, d in held], SITE, positions="all"
+        ).latents.toarray()
 
     def auroc(self, latent: int, topic: str) -> float:
         """How well a latent's mean activation tells the topic's held-out texts from all others."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csc_array, vstack
 
 from unbraid.features.separation import (
     best_threshold,
@@ -37,6 +38,10 @@ from unbraid.stats.splits import split_of
 
 SPLITS = ("rank", "threshold", "report")
 FEWEST = 3
+HELD = 8_000_000
+"""Scores, documents × latents, that are held in full at a time, and some copies of them as float64."""
+Scores = NDArray[np.float32] | csc_array
+"""Mean activations (n_docs, d_sae)."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +147,8 @@ class FindResult:
 
 
 def find(
-    positive: NDArray[np.float32],
-    negative: NDArray[np.float32],
+    positive: Scores,
+    negative: Scores,
     documents: Sequence[str],
     config: FindConfig | None = None,
     *,
@@ -161,26 +166,18 @@ def find(
     Raises UserError when a split lacks documents of either kind.
     """
     config = config or FindConfig()
-    if len(documents) != len(positive) + len(negative):
-        raise ValueError(f"{len(documents)} ids for {len(positive)} + {len(negative)} documents")
-    scores = np.concatenate([positive, negative])
-    labels = np.arange(len(scores)) < len(positive)
+    sets: list[Any] = [csc_array(positive), csc_array(negative)]
+    n, m = (scored.shape[0] for scored in sets)
+    if len(documents) != n + m:
+        raise ValueError(f"{len(documents)} ids for {n} + {m} documents")
+    scores: Any = vstack(sets, format="csc")
+    labels = np.arange(n + m) < n
     splits = _split(documents, labels, config)
     rank, threshold, report = (splits[name] for name in SPLITS)
 
-    ranked = np.asarray(auroc(scores[rank], labels[rank]))
+    ranked, p_values, null = _ranking(scores[rank], labels[rank], config)
     strength = np.maximum(ranked, 1 - ranked)  # either pole
-    p_values = np.asarray(auroc_p_value(scores[rank], labels[rank]))
     q_values = np.asarray(benjamini_hochberg(p_values))
-    null = np.asarray(
-        max_statistic_null(
-            scores[rank],
-            labels[rank],
-            statistic="auroc_two_sided",
-            permutations=config.permutations,
-            seed=config.seed,
-        )
-    )
     # A rounding error must not turn a tie with the null into a win.
     p_best = familywise_p_value(strength - 1e-12, null)
     passing = np.flatnonzero((p_best <= config.alpha) & (q_values <= config.alpha))
@@ -189,7 +186,7 @@ def find(
     found: list[SeparatingLatent] = []
     for latent in order[: config.top].tolist():
         pole = 1 if ranked[latent] > 0.5 else -1
-        column = scores[:, latent].astype(np.float64)
+        column = scores[:, [latent]].toarray()[:, 0].astype(np.float64)
         own = labels == (pole > 0)
         bar = best_threshold(column[threshold], own[threshold])
         hits = column[report][own[report]] > bar
@@ -234,6 +231,34 @@ def find(
             "seed": config.seed,
         },
     )
+
+
+def _ranking(
+    scores: Any, labels: NDArray[np.bool_], config: FindConfig
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """AUROC and p-value of each latent (d_sae,), and the null of the best one (permutations,).
+
+    `scores` is sparse, (n, d_sae).  A latent that is silent in all of these documents says nothing whatever
+    their labels are: its AUROC is ½ and its p-value 1.  So only the others are ranked, a block of them at a
+    time, each block under the same permutations.
+    """
+    n, d_sae = scores.shape
+    areas, p_values, null = np.full(d_sae, 0.5), np.ones(d_sae), np.full(config.permutations, 0.5)
+    fired = np.flatnonzero(np.diff(scores.indptr))
+    step = max(HELD // n, 1)
+    for first in range(0, len(fired), step):
+        some = fired[first : first + step]
+        block = scores[:, some].toarray()
+        areas[some], p_values[some] = auroc(block, labels), auroc_p_value(block, labels)
+        best = max_statistic_null(
+            block,
+            labels,
+            statistic="auroc_two_sided",
+            permutations=config.permutations,
+            seed=config.seed,
+        )
+        null = np.maximum(null, best)
+    return areas, p_values, null
 
 
 def _split(

@@ -12,9 +12,9 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from unbraid.features.embedding import Embedder, open_embedder
 from unbraid.features.labels.store import Labels
@@ -22,7 +22,7 @@ from unbraid.features.page import Index
 from unbraid.features.search_activation import Order, Reader
 from unbraid.features.search_labels import LabelText
 from unbraid.features.search_meaning import Meanings
-from unbraid.features.search_numbers import Condition, matching
+from unbraid.features.search_numbers import Condition, Numbers, smallest
 from unbraid.features.search_text import TextIndex
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.progress import Progress
@@ -61,6 +61,7 @@ class Search:
         self.embedder = embedder
         self.labels = labels
         self._reader: Reader | None = None
+        self._lengths: tuple[SAE, Tensor] | None = None
 
     @cached_property
     def words(self) -> TextIndex:
@@ -125,18 +126,20 @@ class Search:
     @cached_property
     def _scale(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Each latent's largest activation and its density over the corpus, (d_sae,) each."""
-        table = pq.read_table(self.index.folder / "latents.parquet", columns=["max", "density"])
         # A latent that never fired over the corpus counts as one that fired once.
-        rare = np.maximum(table["density"].to_numpy(), 1 / max(self.index.n_tokens, 1))
-        return table["max"].to_numpy().astype(np.float64), rare
+        rare = np.maximum(self.numbers.column("density"), 1 / max(self.index.n_tokens, 1))
+        return self.numbers.column("max"), rare
 
     def direction(self, vector: NDArray[np.floating[Any]], sae: SAE, limit: int = 20) -> list[Hit]:
         """Latents whose decoder row has the largest cosine with `vector` (d_in,).
 
         Raises UserError for a vector of another width, of length zero or with entries that are not finite.
         """
-        cosines = decoder_cosines(vector, sae)
-        best = _largest(cosines, limit)
+        known = self._lengths
+        if known is None or known[0] is not sae:
+            known = self._lengths = sae, row_lengths(sae)
+        cosines = decoder_cosines(vector, sae, known[1])
+        best = smallest(-cosines, limit)
         return [Hit(int(j), float(cosines[j]), f"decoder cosine {cosines[j]:.3f}") for j in best]
 
     def statistics(
@@ -146,11 +149,27 @@ class Search:
 
         Columns are the numbers of latents.parquet.  Raises UserError naming a condition that is none.
         """
-        return [Hit(*found) for found in matching(self.index, where, order, limit)]
+        return [Hit(*found) for found in self.numbers.matching(where, order, limit)]
+
+    @cached_property
+    def numbers(self) -> Numbers:
+        """The numbers of every latent, read on first use."""
+        return Numbers(self.index)
 
 
-def decoder_cosines(vector: NDArray[np.floating[Any]], sae: SAE) -> NDArray[np.float32]:
+def row_lengths(sae: SAE) -> Tensor:
+    """Lengths of the decoder's rows (d_sae,); a row of zeros counts as nearly 0, to be divided by."""
+    with torch.no_grad():
+        parts = [block.float().norm(dim=1) for block in sae.W_dec.split(BLOCK)]
+    return torch.cat(parts).clamp(min=1e-30)
+
+
+def decoder_cosines(
+    vector: NDArray[np.floating[Any]], sae: SAE, lengths: Tensor | None = None
+) -> NDArray[np.float32]:
     """Cosine of a direction (d_out,) with every decoder row, (d_sae,); a row of zeros has 0.
+
+    `lengths` are `row_lengths`, where they are known from an earlier question.
 
     Raises UserError for a vector of another width, of length zero or with entries that are not finite.
     """
@@ -163,21 +182,12 @@ def decoder_cosines(vector: NDArray[np.floating[Any]], sae: SAE) -> NDArray[np.f
     if not bool(torch.isfinite(v).all()) or not bool(v.any()):
         raise UserError("the direction is zero or holds entries that are not finite; give another")
     v = v / v.norm()
+    lengths = row_lengths(sae) if lengths is None else lengths
     found = np.empty(len(sae.W_dec), dtype=np.float32)
     with torch.no_grad():
         # In blocks, so that a decoder that is mapped from the disk is passed through and not held.
         for first in range(0, len(found), BLOCK):
             rows = sae.W_dec[first : first + BLOCK].float()
-            cosines = (rows @ v) / rows.norm(dim=1).clamp(min=1e-30)
+            cosines = (rows @ v) / lengths[first : first + BLOCK]
             found[first : first + BLOCK] = cosines.cpu().numpy()
     return found
-
-
-def _largest(values: NDArray[np.float32], limit: int) -> NDArray[np.int64]:
-    """Places of the `limit` largest values, largest first, the lower place first among equal ones."""
-    limit = min(limit, len(values))
-    if limit <= 0:
-        return np.empty(0, dtype=np.int64)
-    bar = np.partition(values, len(values) - limit)[len(values) - limit]
-    near = np.flatnonzero(values >= bar)
-    return near[np.argsort(-values[near], kind="stable")][:limit]

@@ -166,6 +166,12 @@ class Table:
         with pq.ParquetFile(self.path, metadata=self._metadata) as file:
             return file.read_row_group(number, columns=columns, use_threads=False)
 
+    def column(self, name: str) -> Any:
+        """A column of all rows."""
+        # There are thousands of small row groups: to share them among threads takes longer than to read.
+        with pq.ParquetFile(self.path, metadata=self._metadata) as file:
+            return file.read(columns=[name], use_threads=False)[name]
+
     @property
     def groups(self) -> int:
         """How many row groups there are."""
