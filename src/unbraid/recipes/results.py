@@ -133,7 +133,7 @@ def separation(shop: Workshop, guarded: Guarded, test: PromptSet) -> dict[str, A
     readout = linear_readout(np.concatenate(raw), fit_labels, scores.raw)
     return {
         "labels": "known truth" if all(t is not None for t, _, _ in rows) else "incidents in the replies",
-        "latents": {j: auroc_interval(scores.latents[:, [j]].toarray(), labels) for j in latents},
+        "latents": {j: auroc_interval(scores.latents[:, [j]].toarray()[:, 0], labels) for j in latents},
         "linear": auroc_interval(readout, labels),
     }
 
