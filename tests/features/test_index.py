@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -301,6 +301,7 @@ def test_a_page_is_json(index: Index) -> None:
     record = json.loads(json.dumps(index.latent(3).as_dict(), allow_nan=False))
     assert record["latent"] == 3 and record["quantiles"][0]["examples"][0]["tokens"]
     assert record["promoted"][0].keys() == {"token", "logit"}
+    assert all(index.latent(j).as_dict() == asdict(index.latent(j)) for j in range(0, index.d_sae, 7))
 
 
 def test_a_dead_latent_has_a_page(

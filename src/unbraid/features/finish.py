@@ -64,9 +64,10 @@ class Places:
 def write_tables(
     folder: Path, state: State, words: Callable[[int], str], places: Places, coactive: int
 ) -> None:
-    """All tables that depend on the corpus, but the passages."""
+    """All tables that depend on the corpus, but the passages; the state's examples are used up."""
     _write_latents(folder, state)
     _write_examples(folder, state, places)
+    state.drop_examples()  # before co-activation asks for memory of its own
     _write_coactive(folder, state, coactive)
     order = np.argsort(state.together.keys, kind="stable")
     starts = state.together.starts

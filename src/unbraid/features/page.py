@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -187,7 +187,7 @@ class LatentPage:
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as JSON values."""
-        return asdict(self)
+        return _plain(self)
 
 
 class Index:
@@ -327,21 +327,29 @@ class Index:
         return (*by_weights, *coactive)
 
     def _example(self, row: dict[str, Any]) -> Example:
-        passage = self.passages[row["passage"]]
-        tokens, activations, position = passage["tokens"], row["activations"], row["position"]
+        activations, position = row["activations"], row["position"]
         window = len(activations) // 2
-        start, stop = max(position - window, 0), min(position + window + 1, len(tokens))
+        start = max(position - window, 0)
+        document, first, tokens = self.passages.cut(row["passage"], start, position + window + 1)
         offset = start - (position - window)
         return Example(
-            document=passage["id"],
-            position=passage["first"] + position,
+            document=document,
+            position=first + position,
             value=row["value"],
-            start=passage["first"] + start,
-            tokens=tuple(self.vocabulary[token][0] for token in tokens[start:stop]),
-            activations=tuple(activations[offset : offset + stop - start]),
-            token_ids=tuple(tokens[start:stop]),
+            start=first + start,
+            tokens=tuple([self.vocabulary[token][0] for token in tokens]),
+            activations=tuple(activations[offset : offset + len(tokens)]),
+            token_ids=tuple(tokens),
             passage=row["passage"],
         )
+
+
+def _plain(value: Any) -> Any:
+    """As dataclasses.asdict, of values that are never changed; a tuple's items are all of one kind."""
+    # A page holds thousands of numbers, each of which asdict would copy: most of a page's time.
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value)) if value and is_dataclass(value[0]) else value
+    return {name: _plain(v) for name, v in vars(value).items()} if is_dataclass(value) else value
 
 
 def _positions(facts: dict[str, Any]) -> PositionUse | None:

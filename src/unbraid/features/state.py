@@ -156,6 +156,10 @@ class State:
         self.seen.octaves = [a + b for a, b in zip(self.seen.octaves, more.seen.octaves, strict=True)]
         self.seen.parts |= more.seen.parts
 
+    def drop_examples(self) -> None:
+        """Forget all examples, and free most of the memory."""
+        self.best = self.sample = self.spread = _no_slots(self.d_sae, 0, 0)
+
     def arrays(self) -> dict[str, NDArray[Any]]:
         """All arrays by name."""
         together, held = self.together, self.tokens.held

@@ -29,7 +29,7 @@ from unbraid.model.read import read_sites
 from unbraid.model.sites import Site
 from unbraid.sae.base import SAE
 
-STRETCH = 16
+STRETCH = 8
 """Batches' worth of tokens whose codes are in memory at a time, and whose windows are sorted by length."""
 
 

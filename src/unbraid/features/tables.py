@@ -184,11 +184,21 @@ class Passages:
     def __init__(self, folder: Path) -> None:
         self.folder = folder / PASSAGES
         self._parts: dict[int, Any] = {}
+        self._columns: dict[int, tuple[Any, ...]] = {}
 
     def __getitem__(self, passage: int) -> dict[str, Any]:
         """A passage by its number, as a mapping from PASSAGE's columns."""
         part = self.part(passage >> PLACES)
         return part.slice(passage & ((1 << PLACES) - 1), 1).to_pylist()[0]
+
+    def cut(self, passage: int, start: int, stop: int) -> tuple[str, int, list[int]]:
+        """A passage's document, the place in it of its first token, and its tokens from start on, to stop."""
+        number, row = passage >> PLACES, passage & ((1 << PLACES) - 1)
+        if number not in self._columns:
+            part = self.part(number)
+            self._columns[number] = tuple(part[name].chunk(0) for name in ("id", "first", "tokens"))
+        document, first, tokens = self._columns[number]
+        return document[row].as_py(), first[row].as_py(), tokens[row].values[start:stop].to_pylist()
 
     def part(self, number: int) -> Any:
         """A part's passages; they stay on the disk until they are looked at."""
