@@ -17,9 +17,9 @@ from unbraid.manifest.record import write_manifest
 from unbraid.model.load import load_model
 from unbraid.sae.base import SAEConfig
 from unbraid.sae.registry import build
-from unbraid.ui.library import Library
 from unbraid.ui.security import Access
 from unbraid.ui.serve import serve
+from unbraid.ui.shelf import Shelf
 from unbraid.ui.workbench import Workbench
 
 from ..features.handmade import Made, handmade
@@ -58,7 +58,7 @@ def test_mistakes_are_told_before_anything_is_served(
 
 
 def test_the_model_must_be_the_one_that_was_indexed(folder: Path, tiny_llama: Path, tiny_gpt2: Path) -> None:
-    (source,) = Library.open(folder).sources
+    (source,) = Shelf.open(folder).sources
     models = _Models(Options(folder, model=str(tiny_llama)))
     assert models.model(source).id == source.index.manifest.inputs["model"]
     assert models.sae(source).config.d_sae == 3
@@ -69,7 +69,7 @@ def test_the_model_must_be_the_one_that_was_indexed(folder: Path, tiny_llama: Pa
 
 
 def test_it_serves_and_a_taken_port_is_told(folder: Path) -> None:
-    library = Library.open(folder)
+    shelf = Shelf.open(folder)
     found: list[str] = []
     ready = threading.Event()
 
@@ -77,11 +77,11 @@ def test_it_serves_and_a_taken_port_is_told(folder: Path) -> None:
         found.append(url)
         ready.set()
 
-    arguments = (library, Workbench(None, None), Access())
+    arguments = (shelf, Workbench(None, None), Access())
     threading.Thread(target=serve, args=arguments, kwargs={"port": 0, "ready": told}, daemon=True).start()
     assert ready.wait(30)
     with urllib.request.urlopen(found[0] + "index.json", timeout=30) as answer:
-        assert library.sources[0].key.encode() in answer.read()
+        assert shelf.sources[0].key.encode() in answer.read()
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

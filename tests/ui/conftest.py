@@ -17,7 +17,7 @@ from unbraid.model.load import LanguageModel, load_model
 from unbraid.sae.base import SAE, SAEConfig
 from unbraid.sae.registry import build
 from unbraid.ui.app import create_app
-from unbraid.ui.library import Library, Source
+from unbraid.ui.shelf import Shelf, Source
 from unbraid.ui.workbench import Limits, Workbench
 
 from ..features.handmade import Made, handmade
@@ -42,14 +42,14 @@ class World:
     """What the tests browse."""
 
     folder: Path
-    library: Library
+    shelf: Shelf
     bench: Workbench
     lm: LanguageModel
     sae: SAE
 
     @property
     def source(self) -> Source:
-        return next(s for s in self.library.sources if s.name == "index")
+        return next(s for s in self.shelf.sources if s.name == "index")
 
     @property
     def base(self) -> str:
@@ -57,7 +57,7 @@ class World:
 
     @property
     def empty(self) -> str:
-        return next(f"/i/{s.key}" for s in self.library.sources if s.name == "empty")
+        return next(f"/i/{s.key}" for s in self.shelf.sources if s.name == "empty")
 
 
 @pytest.fixture(scope="session")
@@ -103,14 +103,14 @@ def world(tmp_path_factory: pytest.TempPathFactory, lm: LanguageModel, sae: SAE)
     make_empty(folder / "empty", made.id, lm)
     build_structure(index, sae, folder / "structure")
     make_finding(folder / "finding", sae, made.id, lm)
-    library = Library.open(folder)
-    source = next(s for s in library.sources if s.index.manifest.id == index.manifest.id)
+    shelf = Shelf.open(folder)
+    source = next(s for s in shelf.sources if s.index.manifest.id == index.manifest.id)
     for latent, text in ((3, "parcels that are late"), (5, SCRIPT), (6, f"{RTL} עולם"), (7, "one long word")):
         source.labels.propose(
             latent, text, by="lexical", kind="lexical", scores={"detection": {"value": 0.8}}
         )
     bench = Workbench(lambda _: lm, lambda _: sae, Limits(characters=5000, tokens=400, new_tokens=32))
-    return World(folder, library, bench, lm, sae)
+    return World(folder, shelf, bench, lm, sae)
 
 
 def make_empty(folder: Path, sae_id: str, lm: LanguageModel) -> Index:
@@ -144,4 +144,4 @@ def make_finding(folder: Path, sae: SAE, sae_id: str, lm: LanguageModel) -> None
 
 @pytest.fixture(scope="session")
 def client(world: World) -> TestClient:
-    return TestClient(create_app(world.library, world.bench), base_url="http://127.0.0.1")
+    return TestClient(create_app(world.shelf, world.bench), base_url="http://127.0.0.1")

@@ -226,7 +226,7 @@ def test_too_many_new_tokens_end_the_stream_with_a_reason(client: TestClient, wo
 
 def test_one_request_has_the_model_and_few_wait(world: World) -> None:
     bench = Workbench(lambda _: world.lm, lambda _: world.sae, Limits(waiting=0, seconds=5))
-    client = TestClient(create_app(world.library, bench), base_url="http://127.0.0.1")
+    client = TestClient(create_app(world.shelf, bench), base_url="http://127.0.0.1")
     with bench.turn():
         answer = client.post(f"{world.base}/latents/3/activations", json={"text": TEXT})
         assert answer.status_code == 503 and answer.headers["retry-after"] == "5"

@@ -26,7 +26,7 @@ ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-backg
 
 @pytest.fixture(scope="module")
 def server(world: World) -> Iterator[str]:
-    config = uvicorn.Config(create_app(world.library, world.bench), port=0, log_level="error", lifespan="off")
+    config = uvicorn.Config(create_app(world.shelf, world.bench), port=0, log_level="error", lifespan="off")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

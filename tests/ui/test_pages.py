@@ -197,9 +197,7 @@ def test_going_to_a_latent(client: TestClient, world: World) -> None:
 
 
 def test_without_a_model_pages_say_how_to_have_one(world: World) -> None:
-    client = TestClient(
-        create_app(world.library, Workbench(None, None, Limits())), base_url="http://localhost"
-    )
+    client = TestClient(create_app(world.shelf, Workbench(None, None, Limits())), base_url="http://localhost")
     assert "--model" in client.get(f"{world.base}/latents/3").text
     assert "--model" in client.get(f"{world.base}/prompt.json?text=hello").json()["problem"]
     assert client.get(f"{world.base}/latents/3/vector.npy").status_code == 400

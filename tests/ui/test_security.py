@@ -20,7 +20,7 @@ HERE = "http://127.0.0.1"
 @pytest.fixture(scope="module")
 def guarded(world: World) -> TestClient:
     access = Access.on("0.0.0.0", TOKEN, ("unbraid.example",), 4096)
-    return TestClient(create_app(world.library, world.bench, access), base_url=HERE, follow_redirects=False)
+    return TestClient(create_app(world.shelf, world.bench, access), base_url=HERE, follow_redirects=False)
 
 
 def test_only_loopback_goes_without_a_token() -> None:
@@ -147,7 +147,7 @@ def test_what_breaks_says_no_more_than_that(world: World, monkeypatch: pytest.Mo
     def broken(*_: object) -> None:
         raise RuntimeError("secret <b>")
 
-    app = create_app(world.library, world.bench)
+    app = create_app(world.shelf, world.bench)
     client = TestClient(app, base_url=HERE, raise_server_exceptions=False)
     monkeypatch.setattr("unbraid.ui.views.home", broken)
     answer = client.get("/")

@@ -14,9 +14,9 @@ from unbraid.cli.saes import open_sae
 from unbraid.manifest.errors import UserError
 from unbraid.model.load import LanguageModel
 from unbraid.sae.base import SAE
-from unbraid.ui.library import Library, Source
 from unbraid.ui.security import Access
 from unbraid.ui.serve import serve
+from unbraid.ui.shelf import Shelf, Source
 from unbraid.ui.workbench import Limits, Workbench
 
 TOKEN = "UNBRAID_TOKEN"
@@ -46,7 +46,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Serve until interrupted."""
-    library = Library.open(options.dir)
+    shelf = Shelf.open(options.dir)
     limits = Limits()
     token = options.token or os.environ.get(TOKEN, "")
     access = Access.on(options.host, token, options.allow_host, limits.body)
@@ -54,12 +54,12 @@ def run(options: Options) -> None:
     bench = Workbench(models.model, models.sae, limits)
 
     def ready(url: str) -> None:
-        names = ", ".join(source.name for source in library.sources[:5])
-        print(f"{len(library.sources)} index{'es' * (len(library.sources) > 1)} ({names}): {url}", flush=True)
+        names = ", ".join(source.name for source in shelf.sources[:5])
+        print(f"{len(shelf.sources)} index{'es' * (len(shelf.sources) > 1)} ({names}): {url}", flush=True)
         if options.open:
             webbrowser.open(url)
 
-    serve(library, bench, access, host=options.host, port=options.port, ready=ready)
+    serve(shelf, bench, access, host=options.host, port=options.port, ready=ready)
 
 
 class _Models:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 
 from unbraid.manifest.errors import UserError
 from unbraid.ui import readings, views
-from unbraid.ui.library import Library, Source
+from unbraid.ui.shelf import Shelf, Source
 from unbraid.ui.workbench import Continuation, Method, Steering, Workbench, by_latent
 
 Text = Annotated[str, Field(max_length=20_000)]
@@ -150,17 +150,17 @@ class SteerChat(SteerShape):
     steeredChatMessages: Annotated[list[ChatMessage], Field(max_length=64)] = []
 
 
-def add_api(app: FastAPI, library: Library, bench: Workbench) -> None:
+def add_api(app: FastAPI, shelf: Shelf, bench: Workbench) -> None:
     """Everything that is no page."""
-    _add_own(app, library, bench)
-    _add_neuronpedia(app, library, bench)
+    _add_own(app, shelf, bench)
+    _add_neuronpedia(app, shelf, bench)
 
 
-def _add_own(app: FastAPI, library: Library, bench: Workbench) -> None:
+def _add_own(app: FastAPI, shelf: Shelf, bench: Workbench) -> None:
     @app.post("/i/{key}/latents/{latent}/activations")
     def activations(key: str, latent: int, body: TextBody) -> dict[str, Any]:  # pyright: ignore
         """The latent's activation at each token of a text."""
-        return readings.activations(library.source(key), bench, latent, body.text)
+        return readings.activations(shelf.source(key), bench, latent, body.text)
 
     @app.get("/i/{key}/latents/{latent}/context")
     def context(  # pyright: ignore[reportUnusedFunction]
@@ -168,32 +168,32 @@ def _add_own(app: FastAPI, library: Library, bench: Workbench) -> None:
     ) -> dict[str, Any]:
         """The tokens around one of a latent's examples, as far as 1,000 either side."""
         reach = min(max(reach, 0), 1000)
-        return views.plain(views.context(library.source(key), latent, passage, position, reach))
+        return views.plain(views.context(shelf.source(key), latent, passage, position, reach))
 
     @app.post("/i/{key}/latents/{latent}/labels")
     def propose(key: str, latent: int, body: Proposal) -> dict[str, Any]:  # pyright: ignore
         """Propose a label."""
-        source = library.source(key)
+        source = shelf.source(key)
         label = source.labels.propose(source.check(latent), body.text, by=body.by, kind="person")
         return label.as_dict()
 
     @app.post("/i/{key}/labels/{label}/review")
     def review(key: str, label: str, body: Verdict) -> dict[str, Any]:  # pyright: ignore
         """Accept or reject a label, or send it back."""
-        source = library.source(key)
+        source = shelf.source(key)
         return source.labels.review(label, body.verdict, by=body.by, why=body.why).as_dict()
 
     @app.post("/i/{key}/lists/{name:path}")
     def keep(key: str, name: str, body: Keeping) -> dict[str, Any]:  # pyright: ignore
         """Put a latent on a list, or take it from it."""
-        source = library.source(key)
+        source = shelf.source(key)
         (source.labels.keep if body.keep else source.labels.drop)(name, source.check(body.latent))
         return {"name": name, "latents": source.labels.list(name)}
 
     @app.post("/i/{key}/steer", response_class=StreamingResponse)
     def steer(key: str, body: SteerBody) -> StreamingResponse:  # pyright: ignore
         """Continue a prompt without and with an edit; a line of JSON for each token of either."""
-        source = library.source(key)
+        source = shelf.source(key)
         bench.check_text(body.prompt)
         steering = [Steering(f.latent, f.strength) for f in body.features]
         edits = bench.edit(source, steering, body.method)
@@ -254,11 +254,11 @@ def _continuation(reply: Continuation) -> dict[str, Any]:
     }
 
 
-def _add_neuronpedia(app: FastAPI, library: Library, bench: Workbench) -> None:
+def _add_neuronpedia(app: FastAPI, shelf: Shelf, bench: Workbench) -> None:
     @app.get("/api/feature/{model_id:path}/{layer}/{index}")
     def feature(model_id: str, layer: str, index: int) -> dict[str, Any]:  # pyright: ignore
         """A latent; `layer` is the index's site, key or folder."""
-        source = library.named(model_id, layer)
+        source = shelf.named(model_id, layer)
         source.check(index)
         try:
             vector = [float(v) for v in bench.vector(source, index)]
@@ -270,7 +270,7 @@ def _add_neuronpedia(app: FastAPI, library: Library, bench: Workbench) -> None:
     def explanation_search(body: ExplanationSearch) -> dict[str, Any]:  # pyright: ignore
         """Labels by the words in them."""
         found: list[dict[str, Any]] = []
-        for source in _sources(library, body.modelId, body.layers):
+        for source in _sources(shelf, body.modelId, body.layers):
             hits = source.search.text(body.query, body.numResults)
             labels = source.labels.current([hit.latent for hit in hits])
             found += [
@@ -285,7 +285,7 @@ def _add_neuronpedia(app: FastAPI, library: Library, bench: Workbench) -> None:
         """Latents that fire on a text, the strongest first, with their values at each token."""
         result: list[dict[str, Any]] = []
         tokens: list[str] = []
-        for source in _sources(library, body.modelId, body.selectedLayers):
+        for source in _sources(shelf, body.modelId, body.selectedLayers):
             reading = bench.read(source, body.text)
             tokens = list(reading.tokens)
             for latent, values in by_latent(reading).items():
@@ -308,7 +308,7 @@ def _add_neuronpedia(app: FastAPI, library: Library, bench: Workbench) -> None:
     @app.post("/api/search-topk-by-token")
     def topk_by_token(body: TopkByToken) -> dict[str, Any]:  # pyright: ignore
         """For each token of a text the latents that fire most on it."""
-        source = library.named(body.modelId, body.source or body.layer)
+        source = shelf.named(body.modelId, body.source or body.layer)
         reading = bench.read(source, body.text)
         each: list[list[dict[str, Any]]] = [[] for _ in reading.tokens]
         for latent, values in by_latent(reading).items():
@@ -330,7 +330,7 @@ def _add_neuronpedia(app: FastAPI, library: Library, bench: Workbench) -> None:
     def activation_new(body: ActivationNew) -> dict[str, Any]:  # pyright: ignore
         """One latent's activations on a text."""
         name = body.feature
-        source = library.named(name.modelId, name.source or name.layer)
+        source = shelf.named(name.modelId, name.source or name.layer)
         found = readings.activations(source, bench, name.index, body.customText)
         same = {"modelId": source.model_name, "layer": source.site, "index": str(name.index)}
         return same | readings.activation(found["tokens"], found["activations"])
@@ -339,7 +339,7 @@ def _add_neuronpedia(app: FastAPI, library: Library, bench: Workbench) -> None:
     def steer(body: SteerText) -> dict[str, Any]:  # pyright: ignore
         """A continuation without and with the features added at every token."""
         turn = [{"role": "user", "content": body.prompt}]
-        default, steered = _both(library, bench, body, turn, turn)
+        default, steered = _both(shelf, bench, body, turn, turn)
         return {"DEFAULT": default.text, "STEERED": steered.text, "edits": _continuation(steered)["edits"]}
 
     @app.post("/api/steer-chat")
@@ -347,7 +347,7 @@ def _add_neuronpedia(app: FastAPI, library: Library, bench: Workbench) -> None:
         """The next turn of a conversation without and with the features added at every token."""
         turns = [m.model_dump() for m in body.defaultChatMessages]
         steered_turns = [m.model_dump() for m in body.steeredChatMessages] or turns
-        default, steered = _both(library, bench, body, turns, steered_turns)
+        default, steered = _both(shelf, bench, body, turns, steered_turns)
         return {
             "DEFAULT": _chat(turns, default),
             "STEERED": _chat(steered_turns, steered),
@@ -355,24 +355,24 @@ def _add_neuronpedia(app: FastAPI, library: Library, bench: Workbench) -> None:
         }
 
 
-def _sources(library: Library, model: str, layers: list[str]) -> list[Source]:
+def _sources(shelf: Shelf, model: str, layers: list[str]) -> list[Source]:
     if layers:
-        return [library.named(model, layer) for layer in layers]
-    found = [source for source in library.sources if model in (source.model_name, source.key)]
-    return found or [library.named(model, "")]
+        return [shelf.named(model, layer) for layer in layers]
+    found = [source for source in shelf.sources if model in (source.model_name, source.key)]
+    return found or [shelf.named(model, "")]
 
 
 def _both(
-    library: Library,
+    shelf: Shelf,
     bench: Workbench,
     body: SteerShape,
     default: list[dict[str, str]],
     steered: list[dict[str, str]],
 ) -> tuple[Continuation, Continuation]:
     first = body.features[0]
-    source = library.named(first.modelId, first.source or first.layer)
+    source = shelf.named(first.modelId, first.source or first.layer)
     for other in body.features[1:]:
-        if library.named(other.modelId, other.source or other.layer) is not source:
+        if shelf.named(other.modelId, other.source or other.layer) is not source:
             raise UserError("all features of one request must be of one index")
     steering = [Steering(f.index, f.strength * body.strength_multiplier) for f in body.features]
     edits = bench.edit(source, steering, "add")

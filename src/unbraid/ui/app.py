@@ -1,4 +1,4 @@
-"""The application: pages and API over a library of artifacts, behind the checks of `security`."""
+"""The application: pages and API over a shelf of artifacts, behind the checks of `security`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from starlette.exceptions import HTTPException
 import unbraid
 from unbraid.manifest.errors import IntegrityError, UserError
 from unbraid.ui.api import add_api
-from unbraid.ui.library import Library, NotFoundError
 from unbraid.ui.pages import Pages, add_pages
 from unbraid.ui.security import COOKIE, LOGIN, Access, Guarded, TooLargeError, same
+from unbraid.ui.shelf import NotFoundError, Shelf
 from unbraid.ui.text import shades
 from unbraid.ui.workbench import BusyError, TooLongError, Workbench
 
@@ -31,8 +31,8 @@ STATUS: tuple[tuple[type[Exception], int], ...] = (
 )
 
 
-def create_app(library: Library, bench: Workbench, access: Access | None = None) -> Guarded:
-    """The browser of a library, as an ASGI application."""
+def create_app(shelf: Shelf, bench: Workbench, access: Access | None = None) -> Guarded:
+    """The browser of a shelf, as an ASGI application."""
     access = access or Access()
     app = FastAPI(
         title="unbraid browse",
@@ -41,9 +41,9 @@ def create_app(library: Library, bench: Workbench, access: Access | None = None)
         docs_url=None,  # they load their scripts from elsewhere
         redoc_url=None,
     )
-    pages = Pages(library, bench)
+    pages = Pages(shelf, bench)
     add_pages(app, pages)
-    add_api(app, library, bench)
+    add_api(app, shelf, bench)
     _add_static(app)
     _add_login(app, pages, access)
     _add_errors(app, pages)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from unbraid.features.structure import Structure
-from unbraid.ui.library import Source
+from unbraid.ui.shelf import Source
 
 MOST_POINTS = 3000
 """Latents drawn on a map; of more, so many at random."""

@@ -20,7 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from unbraid.manifest.errors import UserError
 from unbraid.ui import figures, readings, views
 from unbraid.ui.charts import percent
-from unbraid.ui.library import Library
+from unbraid.ui.shelf import Shelf
 from unbraid.ui.text import clipped, marked_tokens, number, share, token_name
 from unbraid.ui.workbench import Workbench
 
@@ -36,8 +36,8 @@ TITLES = {
 class Pages:
     """How views become pages."""
 
-    def __init__(self, library: Library, bench: Workbench) -> None:
-        self.library = library
+    def __init__(self, shelf: Shelf, bench: Workbench) -> None:
+        self.shelf = shelf
         self.bench = bench
         self.environment = _environment()
 
@@ -46,7 +46,7 @@ class Pages:
     ) -> HTMLResponse:
         """A page of a template; `data` is `d` in it."""
         text = self.environment.get_template(template).render(
-            d=data, sources=self.library.sources, twin=twin, here=None, **self._about_model(data)
+            d=data, sources=self.shelf.sources, twin=twin, here=None, **self._about_model(data)
         )
         return HTMLResponse(text, status)
 
@@ -54,7 +54,7 @@ class Pages:
         """Why text cannot be tried, and whether the autoencoder is there, for pages of an index."""
         if "index" not in data:
             return {}
-        source = self.library.source(data["index"]["key"])
+        source = self.shelf.source(data["index"]["key"])
         return {"missing": self.bench.missing(source), "sae_missing": source.sae_folder is None}
 
     def error(self, request: Request, status: int, message: str) -> Response:
@@ -68,7 +68,7 @@ class Pages:
 
 def add_pages(app: FastAPI, pages: Pages) -> None:
     """All pages with their twins, and what they link to."""
-    library, bench = pages.library, pages.bench
+    shelf, bench = pages.shelf, pages.bench
 
     def page(path: str, template: str) -> Callable[[Callable[..., dict[str, Any]]], None]:
         def register(view: Callable[..., dict[str, Any]]) -> None:
@@ -79,7 +79,7 @@ def add_pages(app: FastAPI, pages: Pages) -> None:
     @page("/", "home.html.j2")
     def home() -> dict[str, Any]:  # pyright: ignore[reportUnusedFunction]
         """The indexes in the folder."""
-        return views.home(library)
+        return views.home(shelf)
 
     @page("/i/{key}", "overview.html.j2")
     def overview(  # pyright: ignore[reportUnusedFunction]
@@ -93,39 +93,39 @@ def add_pages(app: FastAPI, pages: Pages) -> None:
     ) -> dict[str, Any]:
         """An index at a glance, and a table of its latents."""
         where = {"least": _share(least), "most": _share(most), "token": token, "status": status}
-        return views.overview(library.source(key), sort=sort, where=where, page=page)
+        return views.overview(shelf.source(key), sort=sort, where=where, page=page)
 
     @page("/i/{key}/latents/{latent}", "feature.html.j2")
     def feature(key: str, latent: int) -> dict[str, Any]:  # pyright: ignore[reportUnusedFunction]
         """Everything that is known about one latent."""
-        return views.feature(library.source(key), latent)
+        return views.feature(shelf.source(key), latent)
 
     @page("/i/{key}/search", "search.html.j2")
     def search(  # pyright: ignore[reportUnusedFunction]
         key: str, q: Text = "", by: str = "text", order: Annotated[str, Query(max_length=40)] = ""
     ) -> dict[str, Any]:
         """Latents by words, meaning, a pasted text or numbers."""
-        return readings.search(library.source(key), bench, query=q, by=by, order=order)
+        return readings.search(shelf.source(key), bench, query=q, by=by, order=order)
 
     @page("/i/{key}/prompt", "prompt.html.j2")
     def prompt(key: str, text: Text = "") -> dict[str, Any]:  # pyright: ignore[reportUnusedFunction]
         """Which latents fire where in a text."""
-        return readings.prompt(library.source(key), bench, text)
+        return readings.prompt(shelf.source(key), bench, text)
 
     @page("/i/{key}/contrast", "contrast.html.j2")
     def contrast(key: str, a: Text = "", b: Text = "") -> dict[str, Any]:  # pyright: ignore[reportUnusedFunction]
         """Latents that fire more in one of two texts."""
-        return readings.contrast(library.source(key), bench, a, b)
+        return readings.contrast(shelf.source(key), bench, a, b)
 
     @page("/i/{key}/lists", "lists.html.j2")
     def lists(key: str) -> dict[str, Any]:  # pyright: ignore[reportUnusedFunction]
         """All lists of latents."""
-        return readings.lists(library.source(key))
+        return readings.lists(shelf.source(key))
 
     @page("/i/{key}/lists/{name:path}", "list.html.j2")
     def one_list(key: str, name: str) -> dict[str, Any]:  # pyright: ignore[reportUnusedFunction]
         """The latents of one list."""
-        return readings.one_list(library.source(key), name)
+        return readings.one_list(shelf.source(key), name)
 
     @page("/i/{key}/review", "review.html.j2")
     def review(  # pyright: ignore[reportUnusedFunction]
@@ -135,18 +135,18 @@ def add_pages(app: FastAPI, pages: Pages) -> None:
         at: Annotated[int, Query(ge=-1, le=10**6)] = 0,
     ) -> dict[str, Any]:
         """One label that waits for a decision, and where the others are."""
-        return readings.review(library.source(key), by=by, status=status, at=at)
+        return readings.review(shelf.source(key), by=by, status=status, at=at)
 
     @app.get("/go", include_in_schema=False)
     def go(index: str, latent: str = "") -> Response:  # pyright: ignore[reportUnusedFunction]
-        source = library.source(index)
+        source = shelf.source(index)
         place = f"/latents/{source.check(_whole(latent))}" if latent.strip() else ""
         return RedirectResponse(f"/i/{source.key}{place}", status_code=303)
 
     @app.get("/i/{key}/latents/{latent}/vector.{kind}", response_class=Response)
     def vector(key: str, latent: int, kind: str) -> Response:  # pyright: ignore[reportUnusedFunction]
         """The latent's decoder row as .npy or .safetensors."""
-        source = library.source(key)
+        source = shelf.source(key)
         values = bench.vector(source, source.check(latent))
         if kind == "npy":
             buffer = io.BytesIO()
@@ -170,7 +170,7 @@ def add_pages(app: FastAPI, pages: Pages) -> None:
     @app.get("/i/{key}/labels.jsonl", response_class=Response)
     def labels(key: str) -> Response:  # pyright: ignore[reportUnusedFunction]
         """All labels, scores, reviews and lists, one a line, sorted."""
-        source = library.source(key)
+        source = shelf.source(key)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "labels.jsonl"
             source.labels.export(path)

@@ -11,7 +11,7 @@ from unbraid.features.labels.store import Labels
 from unbraid.features.search import Hit
 from unbraid.features.search_activation import Reading
 from unbraid.manifest.errors import UserError
-from unbraid.ui.library import NotFoundError, Source
+from unbraid.ui.shelf import NotFoundError, Source
 from unbraid.ui.views import about, feature, named
 from unbraid.ui.workbench import Workbench, by_latent
 

@@ -9,13 +9,13 @@ import uvicorn
 
 from unbraid.manifest.errors import UserError
 from unbraid.ui.app import create_app
-from unbraid.ui.library import Library
 from unbraid.ui.security import Access
+from unbraid.ui.shelf import Shelf
 from unbraid.ui.workbench import Workbench
 
 
 def serve(
-    library: Library,
+    shelf: Shelf,
     bench: Workbench,
     access: Access,
     *,
@@ -23,7 +23,7 @@ def serve(
     port: int = 8400,
     ready: Callable[[str], None] | None = None,
 ) -> None:
-    """Serve a library; `ready` is told the address once connections are taken.
+    """Serve a shelf; `ready` is told the address once connections are taken.
 
     Raises UserError when the port is taken or the address is not this machine's.
     """
@@ -31,7 +31,7 @@ def serve(
     address, taken = bound.getsockname()[:2]
     shown = f"[{address}]" if ":" in str(address) else address
     config = uvicorn.Config(
-        create_app(library, bench, access),
+        create_app(shelf, bench, access),
         log_level="warning",
         access_log=False,  # addresses hold what was searched for
         server_header=False,

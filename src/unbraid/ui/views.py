@@ -12,7 +12,7 @@ from unbraid.causal.finding import Finding, Row
 from unbraid.features.page import Example, LatentPage
 from unbraid.manifest.errors import IntegrityError, UserError
 from unbraid.ui import maps
-from unbraid.ui.library import FoundFinding, Library, NotFoundError, Source
+from unbraid.ui.shelf import FoundFinding, NotFoundError, Shelf, Source
 from unbraid.ui.text import STACKED
 
 PAGE = 50
@@ -29,12 +29,12 @@ SORTS = ("latent", "density", "count", "documents", "max", "mean", "distinct_tok
 """Columns that the table of latents can be ordered by."""
 
 
-def home(library: Library) -> dict[str, Any]:
+def home(shelf: Shelf) -> dict[str, Any]:
     """The indexes in the folder."""
     return {
-        "folder": str(library.folder),
-        "indexes": [about(source) for source in library.sources],
-        "problems": list(library.problems),
+        "folder": str(shelf.folder),
+        "indexes": [about(source) for source in shelf.sources],
+        "problems": list(shelf.problems),
     }
 
 

@@ -18,7 +18,7 @@ from unbraid.model.edits import Edit, EditCount
 from unbraid.model.generate import generate
 from unbraid.model.load import LanguageModel, Message
 from unbraid.sae.base import SAE
-from unbraid.ui.library import Source
+from unbraid.ui.shelf import Source
 
 Method = Literal["add", "clamp", "scale", "ablate"]
 OpenModel = Callable[[Source], LanguageModel]

@@ -104,7 +104,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Library:
+class Shelf:
     """Everything that can be browsed below one folder."""
 
     folder: Path
@@ -115,7 +115,7 @@ class Library:
     """One sentence for each artifact that could not be read."""
 
     @classmethod
-    def open(cls, folder: Path | str) -> Library:
+    def open(cls, folder: Path | str) -> Shelf:
         """Look for artifacts by their manifests; raises UserError where `folder` holds no index."""
         folder = Path(folder)
         if not folder.is_dir():
