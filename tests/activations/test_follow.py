@@ -95,9 +95,10 @@ def test_it_reads_what_is_there_waits_and_sees_the_rename(
     lm: LanguageModel, texts: Make, tmp_path: Path, finished: ActivationStore
 ) -> None:
     out, said = tmp_path / "acts", list[str]()
-    allowed, failed = threading.Semaphore(0), list[BaseException]()
+    started, allowed, failed = threading.Event(), threading.Semaphore(0), list[BaseException]()
 
     def slowly(done: int, total: int, note: str = "") -> None:
+        started.set()
         if done >= 900:
             allowed.acquire()
 
@@ -107,17 +108,22 @@ def test_it_reads_what_is_there_waits_and_sees_the_rename(
         except BaseException as error:
             failed.append(error)
 
+    def say(line: str) -> None:
+        said.append(line)
+        if "1,400 tokens" in line:  # it waits for more than is there
+            allowed.release(1000)
+
     writer = threading.Thread(target=write)
     writer.start()
     try:
-        source = Following(out, buffer_tokens=700, patience=0.0, poll=0.01, say=said.append)
+        assert started.wait(300)
+        source = Following(out, buffer_tokens=700, patience=0.0, poll=0.01, say=say)
         assert source.sites == (SITE, OTHER) and source.d_in(SITE) == lm.d_in and not source.finished
         begun, parts = source.so_far(700), list[torch.Tensor]()
         for batch in source.batches([SITE], 128, seed=0, steps=60):
             parts.append(batch[SITE])
             if len(parts) == 1:
                 assert is_held(out) and not out.exists()
-                threading.Timer(0.2, lambda: allowed.release(1000)).start()
         origin = source.origin(60 * 128)
     finally:
         allowed.release(1000)
@@ -214,6 +220,6 @@ def test_a_wait_ends_when_nobody_waits(lm: LanguageModel, texts: Make, tmp_path:
         time.sleep(0.1)
         assert thread.is_alive()
         source.cancel()
-        thread.join(5)
+        thread.join(300)
         assert not thread.is_alive() and len(ended) == 1
         raise Killed

@@ -26,7 +26,7 @@ TEN = "UNBRAID_KILLS"
 KILLS = int(os.environ.get(TEN, "4"))
 # Forks a process for each capture, so that torch is imported once and not for each of the kills.
 SERVER = """
-import json, os, sys
+import json, os, sys, time
 import numpy as np
 from pathlib import Path
 from unbraid.activations.capture import capture
@@ -35,6 +35,13 @@ from unbraid.activations.documents import Document
 from unbraid.model.load import load_model
 
 lm = load_model(sys.argv[1])
+
+def stop_before(shard):
+    # Stays for ever where this shard is opened: a kill never comes too late, however busy the machine is.
+    def wait(event, arguments):
+        if event == "open" and f"shard-{shard:05d}" in str(arguments[0]):
+            time.sleep(10**6)
+    sys.addaudithook(wait)
 
 def config(tokens):
     return CaptureConfig(
@@ -51,7 +58,8 @@ for line in sys.stdin:
     child = os.fork()
     if child == 0:
         try:
-            out, tokens, append = json.loads(line)
+            out, tokens, append, last = json.loads(line)
+            stop_before(last)
             capture(lm, documents(), config(tokens), Path(out), append=append)
         except BaseException:
             import traceback
@@ -68,10 +76,10 @@ class Server:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
 
-    def start(self, out: Path, tokens: int, append: Path | None) -> int:
-        """Begin a capture; returns its process id."""
+    def start(self, out: Path, tokens: int, append: Path | None, last: int = -1) -> int:
+        """Begin a capture, which stops for ever before its shard `last`; returns its process id."""
         assert self.process.stdin
-        self.process.stdin.write(json.dumps([str(out), tokens, append and str(append)]) + "\n")
+        self.process.stdin.write(json.dumps([str(out), tokens, append and str(append), last]) + "\n")
         self.process.stdin.flush()
         return self.answer()
 
@@ -114,10 +122,10 @@ def test_kills_change_no_byte(tiny_llama: Path, tmp_path: Path, chosen: str, app
         per_shard = (time.monotonic() - begun) / shards
         codes: list[int] = []
         for kill in range(KILLS):
-            child = server.start(out, tokens, old)
             # Somewhere after a few more shards, in the middle of whatever it does then.
             wanted = (kill + 1) * shards // (KILLS + 2)
-            while len(list(partial.glob("shard-*"))) < wanted and not out.exists():
+            child = server.start(out, tokens, old, wanted + 3)
+            while len(list(partial.glob("shard-*"))) < wanted:
                 time.sleep(0.001)
             time.sleep(chance.uniform(0, 2 * per_shard))
             os.kill(child, signal.SIGKILL)

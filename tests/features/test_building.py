@@ -94,7 +94,7 @@ def test_other_settings_or_another_text_do_not_go_on(
 
 
 SCRIPT = """
-import sys
+import sys, time
 from pathlib import Path
 from unbraid.activations.documents import read_documents
 from unbraid.features.index import IndexConfig, build_index
@@ -102,11 +102,20 @@ from unbraid.model.load import load_model
 from unbraid.sae.base import SAE
 import json, torch
 torch.set_num_threads(1)
-model, sae, text, out, config = sys.argv[1:]
+model, sae, text, out, config, last = sys.argv[1:]
 config = IndexConfig(**json.loads(config))
 print("ready", flush=True)
+said = 0
+
+def progress(done, total, note=""):
+    global said
+    print(done, note, flush=True)
+    said += 1
+    if said == int(last):  # a kill never comes too late, however busy the machine is
+        time.sleep(10**6)
+
 build_index(SAE.from_pretrained(sae), load_model(model), read_documents(text), config, Path(out), sae_id="s",
-            command="a command", progress=lambda done, total, note="": print(done, note, flush=True))
+            command="a command", progress=progress)
 """
 
 
@@ -125,9 +134,9 @@ def test_sigkill_at_any_moment_leaves_what_goes_on_to_the_same_bytes(
 
     config = replace(CONFIG, part=150)
 
-    def start(out: Path) -> subprocess.Popen[str]:
+    def start(out: Path, last: int = 0) -> subprocess.Popen[str]:
         words = [sys.executable, "-c", SCRIPT, str(tiny_llama), str(tmp_path / "sae"), str(text), str(out)]
-        words.append(json.dumps({**config.recorded(), "save_seconds": 0}))
+        words += [json.dumps({**config.recorded(), "save_seconds": 0}), str(last)]
         stdout = subprocess.PIPE if out.name == "index" else subprocess.DEVNULL
         return subprocess.Popen(words, stdout=stdout, text=True, env=environment)
 
@@ -136,7 +145,7 @@ def test_sigkill_at_any_moment_leaves_what_goes_on_to_the_same_bytes(
     undisturbed = Index(tmp_path / "alone")
     out, begun = tmp_path / "index", list[int]()
     for after in (9, 5):  # lines of progress; the second run goes on from the first
-        run = start(out)
+        run = start(out, after + 3)
         assert run.stdout is not None
         lines = [run.stdout.readline() for _ in range(1 + after)]
         run.send_signal(signal.SIGKILL)  # anywhere in what follows: writing a part, a state

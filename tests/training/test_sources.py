@@ -130,8 +130,10 @@ def test_a_run_that_follows_a_capture_is_the_run_on_the_finished_one(
 ) -> None:
     acts, out, allowed, failed = tmp_path / "acts", tmp_path / "sae", threading.Semaphore(0), []
     begun: list[bool] = []
+    started = threading.Event()
 
     def slowly(done: int, total: int, note: str = "") -> None:
+        started.set()
         if done >= 1.5 * BUFFER:
             allowed.acquire()
 
@@ -148,6 +150,7 @@ def test_a_run_that_follows_a_capture_is_the_run_on_the_finished_one(
     writer = threading.Thread(target=write)
     writer.start()
     try:
+        assert started.wait(300)
         train(follow(acts), "layers.1.resid_post", SMALL, out, progress=progress)
     finally:
         allowed.release(1000)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -44,7 +43,7 @@ def serving() -> Callable[..., AbstractContextManager[Server]]:
 
 @contextmanager
 def _running(server: Server) -> Iterator[Server]:
-    lock = threading.Lock()
+    lock, over = threading.Lock(), threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -60,7 +59,7 @@ def _running(server: Server) -> Iterator[Server]:
                 server.headers.append({name.lower(): value for name, value in self.headers.items()})
             trouble = server.trouble[number] if number < len(server.trouble) else "ok"
             if trouble == "timeout":
-                time.sleep(1.0)
+                over.wait()  # so nothing else can be too slow
             if trouble in ("429", "500", "400", "401"):
                 self._send(int(trouble), {"error": {"message": "no"}}, {"Retry-After": "0"})
             elif trouble == "html":
@@ -78,9 +77,9 @@ def _running(server: Server) -> Iterator[Server]:
                     "choices": [{"index": 0, "message": {"role": "assistant", "content": server.say(body)}}],
                     "usage": {"prompt_tokens": 100, "completion_tokens": 10},
                 }
-                self._send(200, reply, {})
                 with lock:
                     server.answered.append(body["messages"][-1]["content"])
+                self._send(200, reply, {})
 
         def _send(self, status: int, record: dict[str, Any], headers: dict[str, str]) -> None:
             self._raw(status, json.dumps(record).encode(), "application/json", headers)
@@ -105,6 +104,7 @@ def _running(server: Server) -> Iterator[Server]:
     try:
         yield server
     finally:
+        over.set()
         httpd.shutdown()
         httpd.server_close()
         thread.join()

@@ -248,5 +248,31 @@ def test_processes_and_threads_write_at_once_and_lose_nothing(tmp_path: Path) ->
     assert all(worker.exitcode == 0 for worker in workers)
     labels = Labels(path)
     assert labels.counts()["accepted"] == 100 and len(labels.current()) == 20
-    with sqlite3.connect(path) as connection:
-        assert connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+
+
+def test_a_file_that_another_has_opened_and_not_yet_written_is_empty(tmp_path: Path) -> None:
+    path = tmp_path / "labels.sqlite"
+    path.touch()
+    early = Labels(path, SAE)
+    assert early.current() == {} and early.counts()["proposed"] == 0 and path.stat().st_size == 0
+    with sqlite3.connect(path, isolation_level=None) as other:  # has begun to make the tables
+        other.execute("BEGIN IMMEDIATE")
+        other.execute("CREATE TABLE sae (id TEXT NOT NULL)")
+        assert Labels(path, SAE).current() == {}
+        other.execute("ROLLBACK")
+    early.propose(1, "said", by="one", kind="k")
+    assert Labels(path).current()[1].text == "said"
+
+
+def test_two_who_make_the_file_at_once_make_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = Labels(tmp_path / "labels.sqlite", SAE), Labels(tmp_path / "labels.sqlite", SAE)
+    make = Labels._make
+
+    def late(self: Labels, connection: sqlite3.Connection) -> None:
+        monkeypatch.setattr(Labels, "_make", make)
+        other.propose(2, "first", by="other", kind="k")  # between opening the file and making its tables
+        make(self, connection)
+
+    monkeypatch.setattr(Labels, "_make", late)
+    one.propose(1, "second", by="one", kind="k")
+    assert {label.text for label in one.current().values()} == {"first", "second"}

@@ -36,7 +36,6 @@ class Calls:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with self._open() as connection:
-                connection.execute("PRAGMA journal_mode = WAL")
                 connection.execute(
                     "CREATE TABLE IF NOT EXISTS replies (asked TEXT PRIMARY KEY, model TEXT NOT NULL,"
                     " text TEXT NOT NULL, tokens_in INTEGER NOT NULL, tokens_out INTEGER NOT NULL)"

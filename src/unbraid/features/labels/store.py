@@ -287,10 +287,13 @@ class Labels:
         return [label_of(row) for row in self.ask(query, given)]
 
     def ask(self, query: str, given: Sequence[Any] = ()) -> list[dict[str, Any]]:
-        """Rows of a query; none where the file does not exist yet."""
+        """Rows of a query; none where the file or its tables do not exist yet."""
         if not self.path.is_file():
             return []
         with self._open() as connection:
+            connection.execute("BEGIN")
+            if not self._is_made(connection):
+                return []
             connection.row_factory = sqlite3.Row
             return [dict(row) for row in connection.execute(query, list(given))]
 
@@ -305,34 +308,39 @@ class Labels:
             if make:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
             with closing(sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None)) as connection:
-                self._check(connection, make)
+                if make:
+                    self._make(connection)
                 yield connection
         except sqlite3.DatabaseError as error:
             if "not a database" in str(error) or "malformed" in str(error):
                 raise IntegrityError(f"{self.path} is no file of labels, or is damaged ({error})") from error
             raise OSError(None, f"the file of labels cannot be used ({error})", str(self.path)) from error
 
-    def _check(self, connection: sqlite3.Connection, make: bool) -> None:
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0:
-            if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                raise UserError(f"{self.path} is a database, but not one of labels; name another file")
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("BEGIN IMMEDIATE")
-            # Another process may have been first.
-            if connection.execute("PRAGMA user_version").fetchone()[0] == 0:
-                for statement in _TABLES.split(";"):
-                    connection.execute(statement)
-                connection.execute("INSERT INTO sae VALUES (?)", [self.sae])
-                connection.execute(f"PRAGMA application_id = {APPLICATION}")
-                connection.execute(f"PRAGMA user_version = {SCHEMA}")
-            connection.execute("COMMIT")
-        elif connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION:
+    def _make(self, connection: sqlite3.Connection) -> None:
+        connection.execute("BEGIN IMMEDIATE")  # so that of several who come at once one makes the tables
+        if not self._is_made(connection):
+            for statement in _TABLES.split(";"):
+                connection.execute(statement)
+            connection.execute("INSERT INTO sae VALUES (?)", [self.sae])
+            connection.execute(f"PRAGMA application_id = {APPLICATION}")
+            connection.execute(f"PRAGMA user_version = {SCHEMA}")
+        connection.execute("COMMIT")
+
+    def _is_made(self, connection: sqlite3.Connection) -> bool:
+        """Within a transaction: whether the tables are there; UserError where they are not ours."""
+        version, tables, application = connection.execute(
+            "SELECT (SELECT user_version FROM pragma_user_version), (SELECT count(*) FROM sqlite_master),"
+            " (SELECT application_id FROM pragma_application_id)"
+        ).fetchone()
+        if version == 0 and tables == 0:
+            return False  # the file is there; who opened it first has not made the tables yet
+        if version == 0 or application != APPLICATION:
             raise UserError(f"{self.path} is a database, but not one of labels; name another file")
-        elif version > SCHEMA:
+        if version > SCHEMA:
             raise UserError(
                 f"{self.path} has schema {version} and this version knows {SCHEMA}; update unbraid"
             )
+        return True
 
     # Lists of latents.
 
