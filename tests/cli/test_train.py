@@ -65,9 +65,7 @@ def killed_after_a_checkpoint(words: list[str], out: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs SIGKILL")
-def test_beside_the_capture_and_straight_from_the_model(
-    tiny_llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_beside_the_capture_and_straight_from_the_model(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
     acts = tmp_path / "acts"
     words = (
         "capture",
@@ -105,8 +103,10 @@ def test_beside_the_capture_and_straight_from_the_model(
         beside.kill()
         beside.communicate()
     assert partial_of(tmp_path / "live").is_dir() and not (tmp_path / "live").exists()
-    assert main(live) == 0
-    assert "width 64 on layers.1.resid_post of" in capsys.readouterr().out
+    # A process of the same kind: what ran before in one can change the last bits of a product.
+    with process(*live) as again:
+        stdout, stderr = again.communicate()
+    assert again.returncode == 0 and "width 64 on layers.1.resid_post of" in stdout, stderr
     assert weights(tmp_path / "live") == weights(tmp_path / "follow")
 
     store, one, other = (read_manifest(tmp_path / name) for name in ("acts", "live", "follow"))
