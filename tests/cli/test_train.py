@@ -130,6 +130,10 @@ def impossible(model: str, text: str, acts: str) -> dict[str, tuple[list[Any], s
             ["--activations", acts, "--tokens", "9"],
             "--tokens say how to read a --model",
         ),
+        "precision of a capture": (
+            ["--activations", acts, "--model-dtype", "bfloat16"],
+            "--model-dtype say how to read a --model",
+        ),
         "buffer of a shuffle": (["--activations", acts, "--buffer-tokens", "9"], "belongs to --follow and"),
         "no buffer": ([*live, *site, "--buffer-tokens", "0"], "buffer_tokens is 0"),
         "no replies": ([*live, *site, "--positions", "reply"], "has no tokens to train on"),
@@ -148,3 +152,14 @@ def test_what_does_not_go_together_is_one_sentence(
     sentences = [line for line in error.splitlines() if line.startswith("unbraid: ")]
     assert len(sentences) == 1 and said in sentences[0], error
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_model_computes_in_is_recorded(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
+    words = ["train", *reading(tiny_llama, text), *TRAIN, *LOOP]
+    for dtype in ("float32", "bfloat16"):
+        assert main([*words, "--steps", "6", "--model-dtype", dtype, "--out", str(tmp_path / dtype)]) == 0
+    full, half = (read_manifest(tmp_path / dtype) for dtype in ("float32", "bfloat16"))
+    assert "--model-dtype bfloat16" in half.made_by.command and "dtype" not in full.made_by.command
+    assert [m.facts["reading"]["computed"] for m in (full, half)] == ["float32", "bfloat16"]
+    one, other = weights(tmp_path / "float32"), weights(tmp_path / "bfloat16")
+    assert one["sae_weights.safetensors"] != other["sae_weights.safetensors"]

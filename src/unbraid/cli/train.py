@@ -7,7 +7,7 @@ import shlex
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -50,6 +50,8 @@ class Options:
     """The corpus for --model, as `unbraid capture` takes it; read again when it is used up."""
     read: Annotated[ReadOptions, tyro.conf.arg(name="")] = field(default_factory=ReadOptions)
     """How to read --model."""
+    model_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What --model computes in; bfloat16 is fast where the processor or GPU has units for it, else slow."""
     buffer_tokens: int | None = None
     """Tokens held in memory and shuffled by --follow and --model; 131,072 if left out."""
     arch: str = "topk"
@@ -123,6 +125,7 @@ def _activations(options: Options) -> list[Activations]:
         raise UserError("give either --activations, or --model with --text and --site")
     given = [f"--{name.replace('_', '-')}" for name in _changed(options.read)]
     given += ["--text"] * (options.text is not None)
+    given += ["--model-dtype"] * (options.model_dtype != "float32")
     if given and not live:
         raise UserError(f"{', '.join(given)} say how to read a --model; leave them out with --activations")
     if options.buffer_tokens is not None and not (live or options.follow):
@@ -139,7 +142,7 @@ def _activations(options: Options) -> list[Activations]:
     sites = dict.fromkeys(map(Site.parse, (*options.site, *options.target_site)))
     config = CaptureConfig(**asdict(options.read), sites=tuple(sites))
     next(read_documents(text))  # a wrong file is told before a large model is loaded
-    lm = open_model(options.model, device=options.config.device)
+    lm = open_model(options.model, device=options.config.device, dtype=options.model_dtype)
     seed = options.config.seed
     return [Live(lm, lambda: read_documents(text), config, buffer_tokens=buffer, seed=seed)]
 
@@ -159,6 +162,8 @@ def _command(options: Options) -> str:
     words = ["unbraid", "train"]
     if options.model:
         words += ["--model", options.model, "--text", str(options.text)]
+        if options.model_dtype != "float32":
+            words += ["--model-dtype", options.model_dtype]
     else:
         words += ["--activations", *map(str, options.activations), *(["--follow"] if options.follow else [])]
     if options.buffer_tokens is not None:
