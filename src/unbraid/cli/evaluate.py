@@ -55,7 +55,7 @@ class Options:
     """What to measure beside each autoencoder, at its L0: untrained, pca, neurons, directions; nothing after
     the option measures none, which is faster."""
     suite: tuple[Suite, ...] = ()
-    """Suites to run as well: probing, tpp and removal want documents with labels, concepts those with
+    """Suites to run as well: probing, tpp, scr and removal want documents with labels, concepts those with
     concepts, stability several autoencoders, absorption nothing."""
     suite_documents: int = 2000
     """Documents that the suites read at most."""
