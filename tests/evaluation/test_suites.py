@@ -12,7 +12,12 @@ import torch
 from unbraid.activations.documents import Document
 from unbraid.evaluation.baselines import principal_components, random_directions, unit_directions, untrained
 from unbraid.evaluation.labelled import SuiteResult
-from unbraid.evaluation.saebench_suites import absorption_results, sparse_probing_results, tpp_results
+from unbraid.evaluation.saebench_suites import (
+    absorption_results,
+    scr_results,
+    sparse_probing_results,
+    tpp_results,
+)
 from unbraid.evaluation.suites import DEFINITIONS, run_suites
 from unbraid.manifest.errors import UserError
 from unbraid.model.load import LanguageModel
@@ -30,14 +35,16 @@ ABOUT = {"release": "mine", "sae_id": "one", "seed": 0, "millis": 1}
 
 @pytest.fixture(scope="module")
 def told() -> list[Document]:
-    """Three kinds of texts, each with a label and with the place of the words that make it that kind."""
+    """Three kinds of texts, each with a label and with the place of the words that make it that kind; a
+    second label is what they end with."""
     words = ("red ball", "two tablets", "delayed package")
     found: list[Document] = []
-    for i in range(210):
-        word = words[i % 3]
-        text = f"the {word} was {i} water"
+    for i in range(360):
+        word, end = words[i % 3], ("water", "pan")[i // 3 % 2]
+        text = f"the {word} was {i} {end}"
         span = (0, word, 4, 4 + len(word))
-        found.append(Document.of_text(text, labels={"what": str(i % 3)}, concepts=[span]))
+        labels = {"what": str(i % 3), "end": end}
+        found.append(Document.of_text(text, labels=labels, concepts=[span]))
     return found
 
 
@@ -46,7 +53,7 @@ def results(lm: LanguageModel, sae: SAE, told: list[Document]) -> dict[str, Suit
     other = build(sae.config)
     other.load_state_dict({**sae.state_dict(), "W_dec": sae.W_dec.flip(0)})
     saes = {"one": sae, "two": other.requires_grad_(False)}
-    names = ("stability", "concepts", "tpp", "probing")
+    names = ("stability", "concepts", "scr", "tpp", "probing")
     found = run_suites(names, saes, lm, told)
     assert [result.suite for result in found] == list(names)
     return {result.suite: result for result in found}
@@ -100,12 +107,42 @@ def test_sparse_probing_and_tpp_have_saebenchs_fields(results: dict[str, SuiteRe
         }
     expected = results["probing"].rows["one"]["probe_top_5"].value
     assert metrics["sae"]["sae_top_5_test_accuracy"] == expected
-    assert {d["dataset_name"] for d in probing["eval_result_details"]} == {"what=0", "what=1", "what=2"}
+    assert {d["dataset_name"] for d in probing["eval_result_details"]} == {
+        "end=water", "what=0", "what=1", "what=2",
+    }  # fmt: skip
     assert set(tpp["eval_result_metrics"]["tpp_metrics"]) == {
         f"tpp_threshold_{n}_{part}"
         for n in (2, 5, 10, 20, 50)
         for part in ("total_metric", "intended_diff_only", "unintended_diff_only")
     }
+
+
+def test_scr_has_saebenchs_fields(results: dict[str, SuiteResult], sae: SAE) -> None:
+    found = scr_results(results["scr"], "one", sae, **ABOUT)  # type: ignore[arg-type]
+    assert set(found) == FIELDS and found["eval_type_id"] == "scr"
+    json.dumps(found, allow_nan=False)
+    metrics = found["eval_result_metrics"]["scr_metrics"]
+    known = {f"scr_{p}_threshold_{n}" for n in (2, 5, 10, 20, 50) for p in ("metric", "dir1", "dir2")}
+    assert {f"scr_metric_threshold_{n}" for n in (2, 5, 10, 20, 50)} <= set(metrics) <= known
+    assert metrics["scr_metric_threshold_5"] == results["scr"].rows["one"]["scr_metric_threshold_5"].value
+    (pair,) = found["eval_result_details"]  # of what the first two of three values
+    assert pair["dataset_name"] == "end=water × what=1" and set(pair) - {"dataset_name"} <= known
+    assert "one: random latents" in found["eval_result_unstructured"]["baselines"]
+
+
+def test_neither_order_nor_batches_nor_company_change_a_row(
+    lm: LanguageModel, sae: SAE, told: list[Document], results: dict[str, SuiteResult]
+) -> None:
+    names = ("concepts", "scr", "tpp", "probing")
+    for found in run_suites(names, {"one": sae}, lm, told[::-1], batch_tokens=300):
+        before = results[found.suite].rows
+        for name, row in found.rows.items():
+            assert row.keys() == before[name].keys(), (found.suite, name)
+            for metric, now in row.items():
+                then = before[name][metric]
+                assert (now.value, now.low, now.high) == pytest.approx(
+                    (then.value, then.low, then.high), rel=1e-6, abs=1e-6
+                ), (found.suite, name, metric)
 
 
 def test_absorption_has_saebenchs_fields(sae: SAE) -> None:

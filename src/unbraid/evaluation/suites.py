@@ -12,7 +12,7 @@ from unbraid.evaluation import concepts, first_letter, probing, removal, scr, st
 from unbraid.evaluation.baselines import random_directions, untrained
 from unbraid.evaluation.definitions import Definition
 from unbraid.evaluation.evaluate import check_fit
-from unbraid.evaluation.labelled import Pooled, Reading, SuiteResult, pool, sample
+from unbraid.evaluation.labelled import Pooled, Reading, SuiteResult, in_fixed_order, pool, sample
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.progress import Progress
 from unbraid.model.load import LanguageModel
@@ -51,14 +51,15 @@ def run_suites(
 
     `documents` carry labels (probing, tpp, scr, removal) or concepts (concepts); the other suites need none.
     Each table has an untrained autoencoder for every shape among `saes`; what is read of the model is read
-    once for the suites that can share it. Raises UserError for a suite or a name that does not exist, and
-    for whatever a suite lacks.
+    once for the suites that can share it. Neither the documents' order nor the batches matter. Raises
+    UserError for a suite or a name that does not exist, and for whatever a suite lacks.
     """
     check_suites(names, len(saes))
     if positions not in get_args(Positions):
         raise UserError(
             f"there are no positions {positions!r}; choose among {', '.join(get_args(Positions))}"
         )
+    documents = in_fixed_order(documents)
     by_site: dict[Site, dict[str, SAE]] = {}
     for name, sae in saes.items():
         chosen = Site.parse(site) if isinstance(site, str) else site or sae.site
