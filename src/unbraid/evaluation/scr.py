@@ -114,7 +114,7 @@ class Bias:
     """Accuracy of the biased probe for `kept` on select."""
 
     def score(self, raw: Matrix, basis: Basis, latents: Rows) -> float:
-        """Share of the lost accuracy that comes back when these latents are ablated."""
+        """Share of the lost accuracy that comes back when these latents are ablated; some must be lost."""
         rows, positive = self.kept.rows["test"], self.kept.positive["test"]
         after = self.probe.correct(ablated(raw, basis, rows, latents), positive).mean()
         return float((after - self.before) / (self.oracle - self.before))
