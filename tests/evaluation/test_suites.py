@@ -149,7 +149,7 @@ def test_absorption_has_saebenchs_fields(sae: SAE) -> None:
     names = ("absorption_fraction_score", "full_absorption_score", "num_split_features")
     row = {f"mean_{name}": Interval(0.5, 0.1, 0.9, 20) for name in names}
     letters = {
-        f"first letter={a}": {"main": [1] * n, "words": 9, "full": 0.1 * n, "fraction": 0.2 * n}
+        f"first letter={a}": {"main": [1] * n, "words": 10, "full": 0.1 * n, "fraction": 0.2 * n}
         for a, n in (("a", 1), ("b", 3))
     }
     result = SuiteResult("absorption", {"one": row}, (), details={"letters": {"one": letters}})
@@ -158,7 +158,15 @@ def test_absorption_has_saebenchs_fields(sae: SAE) -> None:
     assert set(found) == FIELDS and found["eval_type_id"] == "absorption_first_letter"
     assert set(mean) == {f"{kind}_{name}" for kind in ("mean", "std_dev") for name in names}
     assert mean["std_dev_num_split_features"] == pytest.approx(2**0.5)
-    assert [d["first_letter"] for d in found["eval_result_details"]] == ["a", "b"]
+    details = found["eval_result_details"]
+    assert [d["first_letter"] for d in details] == ["a", "b"]
+    assert set(details[0]) == {
+        "first_letter", "mean_absorption_fraction", "full_absorption_rate", "num_full_absorption",
+        "num_probe_true_positives", "num_split_features",
+    }  # fmt: skip
+    assert [d["num_full_absorption"] for d in details] == [1, 3] and details[0][
+        "num_probe_true_positives"
+    ] == 10
 
 
 @pytest.mark.parametrize("architecture", ["topk", "relu"])

@@ -85,6 +85,7 @@ def absorption_results(
             "first_letter": task.partition("=")[2],
             "mean_absorption_fraction": found["fraction"],
             "full_absorption_rate": found["full"],
+            "num_full_absorption": round(found["full"] * found["words"]),
             "num_probe_true_positives": found["words"],
             "num_split_features": len(found["main"]),
         }
