@@ -45,6 +45,7 @@ from unbraid.stats.effects import (
 )
 from unbraid.stats.multiple import benjamini_hochberg
 from unbraid.stats.permutation import familywise_p_value, max_statistic_null
+from unbraid.stats.redrawn import correlation_by_document
 
 Rng = np.random.Generator
 RESAMPLES = 1000
@@ -247,6 +248,20 @@ def rectified(shift: float) -> float:
     return float(above + norm.cdf(-shift) * 0.5 / 2)
 
 
+def correlated(rng: Rng, n: int, each: int, truth: float) -> Measured:
+    """A correlation, such as of simulated and true activations, with `each` values of n documents."""
+    documents = np.repeat(np.arange(n), each)
+    x, e = rng.normal(0, 0.7**0.5, (2, n * each)) + rng.normal(0, 0.3**0.5, (2, n))[:, documents]
+    y = truth * x + (1 - truth**2) ** 0.5 * e
+    found = correlation_by_document(x, y, documents.tolist())
+    assert found is not None
+    sums = np.stack([np.bincount(documents, c) for c in (x * 0 + 1, x, y, x * x, y * y, x * y)])
+    k, a, b, aa, bb, ab = sums @ rng.multinomial(n, np.full(n, 1 / n), RESAMPLES).T
+    r = (ab / k - a * b / k**2) / np.sqrt((aa / k - (a / k) ** 2) * (bb / k - (b / k) ** 2))
+    low, high = np.quantile(r, [0.025, 0.975])
+    return found, (float(low), float(high)), truth
+
+
 def difference_of_rates(rng: Rng, n: int, m: int, p: float, q: float) -> Measured:
     return risk_difference(rng.random(n) < p, rng.random(m) < q), None, p - q
 
@@ -283,6 +298,12 @@ INTERVALS: dict[str, Callable[[Rng], Measured]] = {
             (0.5, 20, 20, False), (0.7, 20, 30, False), (0.9, 30, 30, False), (0.97, 30, 30, False),
             (0.7, 30, 30, True), (0.9, 40, 60, True),
         )
+    },
+    **{
+        f"correlation {truth:g}, {n} documents × {each}": (
+            lambda rng, n=n, each=each, truth=truth: correlated(rng, n, each, truth)
+        )
+        for truth, n, each in ((0.5, 20, 5), (0.5, 30, 1), (0.8, 30, 5), (0.5, 100, 5))
     },
     "risk difference .3 − .1, 40 + 60": lambda rng: difference_of_rates(rng, 40, 60, 0.3, 0.1),
     "risk difference .95 − .02, 30 + 30": lambda rng: difference_of_rates(rng, 30, 30, 0.95, 0.02),

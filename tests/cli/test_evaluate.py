@@ -101,6 +101,7 @@ def test_the_table_fits_and_kept_limits_give_0(
     [
         (["--require", "fuv<1"], "did you mean fvu"),
         (["--require", "fvu=1"], "cannot be read"),
+        (["--require", "scr_metric_threshold_5>0"], "add --suite scr"),
         (["--out", "."], "exists already"),
         (["--tokens", "0"], "tokens is 0"),
         (["--site", "layers.9.resid_post"], "layers.9.resid_post does not exist"),
@@ -144,8 +145,11 @@ def test_suites_stand_in_the_table_the_page_and_saebenchs_files(
     text.write_text("".join(json.dumps(line) + "\n" for line in lines))
     command = [*command[:3], "--text", str(text), "--tokens", "200", "--sae", str(folder / "small")]
     suites = ["--references", "--suite", "probing", "tpp", "--out", str(tmp_path / "ev")]
-    assert main([*command, *suites]) == 0
-    shown = capsys.readouterr().out
+    limits = ["--require", "probe_top_1>0.99 tpp_threshold_2_total_metric<=1 l0>0"]
+    assert main([*command, *suites, *limits]) == 1
+    shown, said = capsys.readouterr()
+    assert "probe_top_1>0.99 is broken: the lower end" in said
+    assert "tpp_threshold_2_total_metric<=1 is kept" in said and "l0>0 is kept" in said
     assert "probing at" in shown and "tpp at" in shown and "detectable" in shown
     manifest = check_files(tmp_path / "ev")
     assert {name.split("/")[0] for name in manifest.files if "/" in name} == {"sparse_probing", "tpp"}

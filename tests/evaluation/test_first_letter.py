@@ -77,6 +77,25 @@ def test_a_planted_absorption_is_seen() -> None:
     assert none.tolist() == [False] * 4
 
 
+def test_the_more_words_the_main_latent_leaves_to_another_the_higher_both_scores() -> None:
+    rng = np.random.default_rng(0)
+    words, strength = 50, rng.uniform(1, 2, 50)
+    main, aligned = np.array([0]), np.array([1.0, 0.9, 0.0])
+    scores: list[tuple[float, float]] = []
+    for share in (0.0, 0.2, 0.5, 1.0):
+        taken = np.arange(words) < share * words
+        dense = np.stack([strength * ~taken, strength * taken, rng.uniform(0, 1, words)], axis=1)
+        full = full_absorption(dense, main, strength, aligned)
+        fraction = absorption_fraction(dense, main, strength, aligned)
+        scores.append((float(full.mean()), float(fraction.mean())))
+        # Where the other latent points elsewhere, as in a permuted decoder, nothing is absorbed.
+        elsewhere = np.array([1.0, 0.0, 0.0])
+        assert not full_absorption(dense, main, strength, elsewhere).any()
+        assert not absorption_fraction(dense, main, strength, elsewhere).any()
+    assert [full for full, _ in scores] == [0.0, 0.2, 0.5, 1.0]
+    assert np.diff([fraction for _, fraction in scores]).min() > 0 and scores[0][1] == 0
+
+
 def test_main_latents_are_as_many_as_the_label_needs() -> None:
     documents = labelled(600, ("a", "b", "c"))
     rng = np.random.default_rng(0)

@@ -67,6 +67,22 @@ def test_every_metric_is_its_definition() -> None:
     assert metrics["fvu"].n == 15 and metrics["fvu"].low < metrics["fvu"].high
 
 
+def test_golden_values_that_were_worked_out_on_paper() -> None:
+    x = torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 2.0], [4.0, 2.0]])
+    x_hat = torch.tensor([[3.0, 3.0], [1.0, 1.0], [0.0, 1.0], [3.0, 2.0]])
+    codes = SparseCodes(torch.tensor([[0, 1]] * 4), torch.tensor([[3.0, 3], [1, 1], [0, 1], [3, 2]]))
+    found = Reconstruction(2)
+    # About the mean, (2, 2), the squared distances are 5, 5, 4 and 4; every error is 1.
+    found.add(x, SAEOutput(x_hat, codes), torch.tensor([0, 0, 1, 1]), torch.tensor([5.0, 5.0, 4.0, 4.0]))
+    value = {name: metric.value for name, metric in found.metrics(seed=0).items()}
+    assert value == pytest.approx({
+        "l0": 7 / 4, "l1": 14 / 4, "mse": 1, "fvu": 4 / 18, "ev_legacy": 1 - (2 / 5 + 2 / 4) / 4,
+        "cosine": (21 / (5 * 18**0.5) + 1 / 2**0.5 + 1 + 16 / (20 * 13) ** 0.5) / 4,
+        "norm_in": (5 + 1 + 2 + 20**0.5) / 4, "norm_out": (18**0.5 + 2**0.5 + 1 + 13**0.5) / 4,
+        "l2_ratio": (18**0.5 / 5 + 2**0.5 + 1 / 2 + (13 / 20) ** 0.5) / 4, "bias": 34 / 40,
+    })  # fmt: skip
+
+
 def test_batches_do_not_matter() -> None:
     x, x_hat, codes = _data()
     one = _streamed(x, x_hat, codes, [N]).metrics(seed=0)

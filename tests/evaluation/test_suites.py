@@ -12,7 +12,12 @@ import torch
 from unbraid.activations.documents import Document
 from unbraid.evaluation.baselines import principal_components, random_directions, unit_directions, untrained
 from unbraid.evaluation.labelled import SuiteResult
-from unbraid.evaluation.saebench_suites import absorption_results, sparse_probing_results, tpp_results
+from unbraid.evaluation.saebench_suites import (
+    absorption_results,
+    scr_results,
+    sparse_probing_results,
+    tpp_results,
+)
 from unbraid.evaluation.suites import DEFINITIONS, run_suites
 from unbraid.manifest.errors import UserError
 from unbraid.model.load import LanguageModel
@@ -30,14 +35,16 @@ ABOUT = {"release": "mine", "sae_id": "one", "seed": 0, "millis": 1}
 
 @pytest.fixture(scope="module")
 def told() -> list[Document]:
-    """Three kinds of texts, each with a label and with the place of the words that make it that kind."""
+    """Three kinds of texts, each with a label and with the place of the words that make it that kind; a
+    second label is what they end with."""
     words = ("red ball", "two tablets", "delayed package")
     found: list[Document] = []
-    for i in range(210):
-        word = words[i % 3]
-        text = f"the {word} was {i} water"
+    for i in range(360):
+        word, end = words[i % 3], ("water", "pan")[i // 3 % 2]
+        text = f"the {word} was {i} {end}"
         span = (0, word, 4, 4 + len(word))
-        found.append(Document.of_text(text, labels={"what": str(i % 3)}, concepts=[span]))
+        labels = {"what": str(i % 3), "end": end}
+        found.append(Document.of_text(text, labels=labels, concepts=[span]))
     return found
 
 
@@ -46,7 +53,7 @@ def results(lm: LanguageModel, sae: SAE, told: list[Document]) -> dict[str, Suit
     other = build(sae.config)
     other.load_state_dict({**sae.state_dict(), "W_dec": sae.W_dec.flip(0)})
     saes = {"one": sae, "two": other.requires_grad_(False)}
-    names = ("stability", "concepts", "tpp", "probing")
+    names = ("stability", "concepts", "scr", "tpp", "probing")
     found = run_suites(names, saes, lm, told)
     assert [result.suite for result in found] == list(names)
     return {result.suite: result for result in found}
@@ -100,7 +107,9 @@ def test_sparse_probing_and_tpp_have_saebenchs_fields(results: dict[str, SuiteRe
         }
     expected = results["probing"].rows["one"]["probe_top_5"].value
     assert metrics["sae"]["sae_top_5_test_accuracy"] == expected
-    assert {d["dataset_name"] for d in probing["eval_result_details"]} == {"what=0", "what=1", "what=2"}
+    assert {d["dataset_name"] for d in probing["eval_result_details"]} == {
+        "end=water", "what=0", "what=1", "what=2",
+    }  # fmt: skip
     assert set(tpp["eval_result_metrics"]["tpp_metrics"]) == {
         f"tpp_threshold_{n}_{part}"
         for n in (2, 5, 10, 20, 50)
@@ -108,11 +117,39 @@ def test_sparse_probing_and_tpp_have_saebenchs_fields(results: dict[str, SuiteRe
     }
 
 
+def test_scr_has_saebenchs_fields(results: dict[str, SuiteResult], sae: SAE) -> None:
+    found = scr_results(results["scr"], "one", sae, **ABOUT)  # type: ignore[arg-type]
+    assert set(found) == FIELDS and found["eval_type_id"] == "scr"
+    json.dumps(found, allow_nan=False)
+    metrics = found["eval_result_metrics"]["scr_metrics"]
+    known = {f"scr_{p}_threshold_{n}" for n in (2, 5, 10, 20, 50) for p in ("metric", "dir1", "dir2")}
+    assert {f"scr_metric_threshold_{n}" for n in (2, 5, 10, 20, 50)} <= set(metrics) <= known
+    assert metrics["scr_metric_threshold_5"] == results["scr"].rows["one"]["scr_metric_threshold_5"].value
+    (pair,) = found["eval_result_details"]  # of what the first two of three values
+    assert pair["dataset_name"] == "end=water × what=1" and set(pair) - {"dataset_name"} <= known
+    assert "one: random latents" in found["eval_result_unstructured"]["baselines"]
+
+
+def test_neither_order_nor_batches_nor_company_change_a_row(
+    lm: LanguageModel, sae: SAE, told: list[Document], results: dict[str, SuiteResult]
+) -> None:
+    names = ("concepts", "scr", "tpp", "probing")
+    for found in run_suites(names, {"one": sae}, lm, told[::-1], batch_tokens=300):
+        before = results[found.suite].rows
+        for name, row in found.rows.items():
+            assert row.keys() == before[name].keys(), (found.suite, name)
+            for metric, now in row.items():
+                then = before[name][metric]
+                assert (now.value, now.low, now.high) == pytest.approx(
+                    (then.value, then.low, then.high), rel=1e-6, abs=1e-6
+                ), (found.suite, name, metric)
+
+
 def test_absorption_has_saebenchs_fields(sae: SAE) -> None:
     names = ("absorption_fraction_score", "full_absorption_score", "num_split_features")
     row = {f"mean_{name}": Interval(0.5, 0.1, 0.9, 20) for name in names}
     letters = {
-        f"first letter={a}": {"main": [1] * n, "words": 9, "full": 0.1 * n, "fraction": 0.2 * n}
+        f"first letter={a}": {"main": [1] * n, "words": 10, "full": 0.1 * n, "fraction": 0.2 * n}
         for a, n in (("a", 1), ("b", 3))
     }
     result = SuiteResult("absorption", {"one": row}, (), details={"letters": {"one": letters}})
@@ -121,7 +158,15 @@ def test_absorption_has_saebenchs_fields(sae: SAE) -> None:
     assert set(found) == FIELDS and found["eval_type_id"] == "absorption_first_letter"
     assert set(mean) == {f"{kind}_{name}" for kind in ("mean", "std_dev") for name in names}
     assert mean["std_dev_num_split_features"] == pytest.approx(2**0.5)
-    assert [d["first_letter"] for d in found["eval_result_details"]] == ["a", "b"]
+    details = found["eval_result_details"]
+    assert [d["first_letter"] for d in details] == ["a", "b"]
+    assert set(details[0]) == {
+        "first_letter", "mean_absorption_fraction", "full_absorption_rate", "num_full_absorption",
+        "num_probe_true_positives", "num_split_features",
+    }  # fmt: skip
+    assert [d["num_full_absorption"] for d in details] == [1, 3] and details[0][
+        "num_probe_true_positives"
+    ] == 10
 
 
 @pytest.mark.parametrize("architecture", ["topk", "relu"])

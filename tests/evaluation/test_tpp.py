@@ -29,6 +29,7 @@ from unbraid.manifest.errors import UserError
 from unbraid.model.load import LanguageModel
 from unbraid.model.sites import Site
 from unbraid.sae.base import SAE
+from unbraid.sae.registry import build
 
 from .planted import labelled, one_latent_a_colour
 
@@ -157,6 +158,17 @@ def test_removal_keeps_to_its_price_and_names_what_it_did(lm: LanguageModel, sae
     none = removal(pooled, {"sae": sae}, (), lm, documents, reading, 0, cost=-1e9, resamples=50)
     assert set(none.details["doses"]["sae"].values()) == {"no dose is cheap enough"}
     assert all(i.value == 0 for row in none.rows.values() for i in row.values())
+
+
+def test_an_autoencoder_that_writes_less_removes_less(lm: LanguageModel, sae: SAE) -> None:
+    documents, reading = _spoken(200), Reading(SITE)
+    shrunk = build(sae.config)
+    shrunk.load_state_dict({**sae.state_dict(), "W_dec": sae.W_dec * 0.05})
+    saes = {"good": sae, "shrunk": shrunk.requires_grad_(False)}
+    pooled = pool(lm, documents, saes, reading)
+    found = removal(pooled, saes, (), lm, documents, reading, 0, cost=1e9, resamples=20).rows
+    value = {name: found[name]["removal_target_probe"].value for name in saes}
+    assert value["good"] > 0.3 > 0.1 > value["shrunk"]
 
 
 def test_what_is_ablated_in_the_model_is_what_is_ablated_in_the_means(lm: LanguageModel, sae: SAE) -> None:

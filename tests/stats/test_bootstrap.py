@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest, ttest_1samp
+from scipy.stats import binom, binomtest, ttest_1samp
 from scipy.stats import t as student
 
 from unbraid.stats import bootstrap
@@ -33,6 +33,19 @@ def test_wilson_equals_scipys(successes: list[bool], level: float) -> None:
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
     assert 0 <= ours.low <= ours.value <= ours.high <= 1
     assert ours.n == len(successes)
+
+
+@pytest.mark.parametrize("n", [30, 60, 100])
+def test_wilsons_coverage_is_what_the_docs_say(n: int) -> None:
+    """Exactly, by the binomial distribution: counts are whole, so coverage jumps about its 95 % with p."""
+    ends = np.array([bootstrap.wilson(k, n) for k in range(n + 1)])
+    shares = np.linspace(0.02, 0.98, 97)
+    held = (ends[:, :1] <= shares) & (shares <= ends[:, 1:])
+    coverage = (binom.pmf(np.arange(n + 1)[:, None], n, shares) * held).sum(axis=0)
+    assert 0.945 < coverage.mean() < 0.955
+    assert coverage.min() > 0.9297 and coverage.max() < 0.982
+    if n == 30:
+        assert coverage[28] == pytest.approx(0.9298, abs=1e-4) == coverage.min()  # a share of .3
 
 
 def test_the_bootstrap_by_document_covers_where_the_one_by_token_does_not() -> None:

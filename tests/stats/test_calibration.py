@@ -33,6 +33,7 @@ INTERVALS = [
     "rate 0.05, 60 prompts × 4",
     "auroc 0.7, 20 + 30",
     "auroc 0.9, 40 + 60, sparse",
+    "correlation 0.5, 20 documents × 5",
     "risk difference .3 − .1, 40 + 60",
     "mean of 3 seeds",
 ]

@@ -55,13 +55,13 @@ class Options:
     """What to measure beside each autoencoder, at its L0: untrained, pca, neurons, directions; nothing after
     the option measures none, which is faster."""
     suite: tuple[Suite, ...] = ()
-    """Suites to run as well: probing, tpp and removal want documents with labels, concepts those with
+    """Suites to run as well: probing, tpp, scr and removal want documents with labels, concepts those with
     concepts, stability several autoencoders, absorption nothing."""
     suite_documents: int = 2000
     """Documents that the suites read at most."""
     require: str = ""
-    """Limits to keep, such as "fvu<=0.05 dead<0.02 delta_ce<=0.1": judged on the 95 % interval, and exit code
-    1 where one is broken."""
+    """Limits to keep, such as "fvu<=0.05 dead<0.02 delta_ce<=0.1", also of a suite's metrics: judged on the
+    95 % interval, and exit code 1 where one is broken."""
     out: Path | None = None
     """Folder to make, with evaluation.json, report.html and a file of SAEBench's for each autoencoder."""
     seed: int = 0
@@ -74,7 +74,7 @@ class Options:
 
 def run(options: Options) -> int:
     """Evaluate, print what was measured, and return 1 where a limit is broken."""
-    limits = read_limits(options.require) if options.require else []
+    limits = read_limits(options.require, options.suite) if options.require else []
     check_suites(options.suite, len(options.sae))
     if options.suite_documents < 1:
         raise UserError(f"suite_documents is {options.suite_documents}; choose 1 or more")
@@ -116,7 +116,7 @@ def run(options: Options) -> int:
             progress=progress,
         )
     scored = [
-        Scored(name, identity, sae, its, judge(limits, its), folder)
+        Scored(name, identity, sae, its, judge(limits, its, name, results), folder)
         for name, (_, identity), sae, its, folder in zip(names, opened, saes, found, options.sae, strict=True)
     ]
     if options.out is not None:

@@ -77,7 +77,7 @@ def weigh(options: Judge) -> None:
         verdict = judge(saes, world, samples=options.samples, progress=progress)
     if options.json:
         record = {"world": str(options.world), "world_id": identity, **verdict.as_dict()}
-        print(json.dumps(record, indent=2, ensure_ascii=False))
+        print(json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False))
     else:
         _show(verdict, options.world)
 

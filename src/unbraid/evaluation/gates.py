@@ -1,7 +1,7 @@
 """Limits that an evaluation has to keep, such as `fvu<=0.05 dead<0.02`, judged on intervals.
 
 A limit from above holds when the interval's upper end keeps it, one from below when its lower end does. So
-what is too uncertain to tell does not pass, and neither does a metric without a value.
+what is too uncertain to tell does not pass, and neither does a metric without a value or without an interval.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from unbraid.evaluation.evaluate import DEFINITIONS, Evaluation
+from unbraid.evaluation.labelled import SuiteResult
+from unbraid.evaluation.suites import DEFINITIONS as SUITES
 from unbraid.manifest.errors import UserError
 from unbraid.stats.bootstrap import Interval
 
@@ -52,11 +54,13 @@ class Verdict:
     found: Interval | None
     """The metric; None where it has no value."""
     why: str = ""
-    """Why it has none."""
+    """Why it has none, or no interval."""
 
     def __str__(self) -> str:
         if self.found is None:
             return f"{self.limit} is broken: {self.limit.metric} has no value ({self.why})"
+        if self.why:
+            return f"{self.limit} is broken: {self.why} (value {self.found.value:.4g})"
         upper = self.limit.sign.startswith("<")
         end, number = ("upper", self.found.high) if upper else ("lower", self.found.low)
         said = "kept" if self.kept else "broken"
@@ -68,13 +72,17 @@ class Verdict:
         return {
             "limit": str(self.limit),
             "kept": self.kept,
-            **({"found": self.found.as_dict()} if self.found else {"why": self.why}),
+            **({"found": self.found.as_dict()} if self.found else {}),
+            **({} if self.found and not self.why else {"why": self.why}),
         }
 
 
-def read_limits(text: str, metrics: Mapping[str, object] = DEFINITIONS) -> list[Limit]:
-    """Limits that are separated by spaces or commas. Raises UserError for one that cannot be read, and for a
-    metric that nobody measures."""
+def read_limits(text: str, suites: Sequence[str] = ()) -> list[Limit]:
+    """Limits that are separated by spaces or commas, on metrics of `evaluate` and of these suites.
+
+    Raises UserError for one that cannot be read, for a metric that nobody measures, and for one of a suite
+    that is not among `suites`.
+    """
     found: list[Limit] = []
     at = 0
     while at < len(text):
@@ -84,10 +92,7 @@ def read_limits(text: str, metrics: Mapping[str, object] = DEFINITIONS) -> list[
                 f"--require cannot be read from {text[at:].strip()!r} on; write it like 'fvu<=0.05 dead<0.02'"
             )
         name, sign, bound = one[1], one[2], float(one[3])
-        if name not in metrics:
-            near = difflib.get_close_matches(name, metrics, n=1)
-            advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(metrics)}"
-            raise UserError(f"--require names {name!r}, which is no metric; {advice}")
+        _check_name(name, suites)
         if not math.isfinite(bound):
             raise UserError(f"--require compares {name} with {one[3]}, which is too large a number")
         found.append(Limit(name, sign, bound))
@@ -97,14 +102,41 @@ def read_limits(text: str, metrics: Mapping[str, object] = DEFINITIONS) -> list[
     return found
 
 
-def judge(limits: Sequence[Limit], evaluation: Evaluation) -> list[Verdict]:
-    """A verdict for each limit."""
+def _check_name(name: str, suites: Sequence[str]) -> None:
+    if name in DEFINITIONS:
+        return
+    home = next((suite for suite, metrics in SUITES.items() if name in metrics), None)
+    if home in suites:
+        return
+    if home:
+        raise UserError(f"--require names {name}, which the suite {home} measures; add --suite {home}")
+    near = difflib.get_close_matches(name, [*DEFINITIONS, *(m for its in SUITES.values() for m in its)], n=1)
+    if near:
+        advice = f"did you mean {near[0]}?"
+    else:
+        of_suites = [f"with --suite {suite} {', '.join(metrics)}" for suite, metrics in SUITES.items()]
+        advice = f"there are {'; '.join([', '.join(DEFINITIONS), *of_suites])}"
+    raise UserError(f"--require names {name!r}, which is no metric; {advice}")
+
+
+def judge(
+    limits: Sequence[Limit], evaluation: Evaluation, name: str = "", suites: Sequence[SuiteResult] = ()
+) -> list[Verdict]:
+    """A verdict for each limit, on an evaluation and on the suites' rows of the autoencoder `name`."""
+    measured, why = dict(evaluation.metrics), dict(evaluation.undefined)
+    for result in suites:
+        if own := result.rows.get(result.details.get("row_of", {}).get(name, name)):
+            measured |= own
+            notes = "; ".join(result.notes)
+            why |= {metric: notes for metric in SUITES[result.suite] if notes and metric not in own}
     verdicts: list[Verdict] = []
     for limit in limits:
-        found = evaluation.metrics.get(limit.metric)
+        found = measured.get(limit.metric)
         if found is None:
-            why = evaluation.undefined.get(limit.metric, "it was not measured")
-            verdicts.append(Verdict(limit, False, None, why))
+            verdicts.append(Verdict(limit, False, None, why.get(limit.metric, "it was not measured")))
+        elif found.n < 2:
+            alone = f"{limit.metric} rests on one measurement alone and has no interval"
+            verdicts.append(Verdict(limit, False, found, alone))
         else:
             verdicts.append(Verdict(limit, limit.holds(found), found))
     return verdicts

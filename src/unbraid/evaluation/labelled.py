@@ -7,8 +7,9 @@ A split follows from a document's content and the seed, so a text that comes twi
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -152,9 +153,12 @@ def detectable(rows: Mapping[str, Mapping[str, Interval]]) -> dict[str, float | 
 
 
 def sample(lm: LanguageModel, documents: Iterable[Document], reading: Reading, tokens: int = 4096) -> Tensor:
-    """Activations of the first `tokens` wanted tokens or a batch more (n, d_in), to scale baselines by."""
+    """Activations of the first `tokens` wanted tokens or a batch more (n, d_in), to scale baselines by.
+
+    The batch is of `tokens` as well, so that the caller's size has no influence.
+    """
     parts: list[Tensor] = []
-    for batch in read_tokens(lm, documents, reading):
+    for batch in read_tokens(lm, documents, replace(reading, batch_tokens=tokens)):
         parts.append(batch.x)
         if sum(map(len, parts)) >= tokens:
             break
@@ -168,6 +172,15 @@ def sample(lm: LanguageModel, documents: Iterable[Document], reading: Reading, t
 def split_documents(documents: Sequence[Document], seed: int) -> Split:
     """The split of each document (n_docs,): select, fit or test."""
     return np.array([split_of(f"{seed}\n{_content(document)}", SHARES) for document in documents], np.str_)
+
+
+def in_fixed_order(documents: Sequence[Document]) -> list[Document]:
+    """The same documents ordered by a hash of content and labels, so that no draw depends on their order."""
+
+    def key(document: Document) -> str:
+        return hashlib.sha256(canonical_json([_content(document), dict(document.labels)])).hexdigest()
+
+    return sorted(documents, key=key)
 
 
 def _content(document: Document) -> str:

@@ -56,6 +56,16 @@ def tpp_results(
     return _object("tpp", metrics, [], result, row, sae, release, sae_id, seed, millis)
 
 
+def scr_results(
+    result: SuiteResult, row: str, sae: SAE, *, release: str, sae_id: str, seed: int, millis: int
+) -> dict[str, Any]:
+    """`scr` of one row, at every threshold that was measured, and of each pair of labels."""
+    metrics = {"scr_metrics": {name: interval.value for name, interval in result.rows[row].items()}}
+    by_pair: Mapping[str, Mapping[str, float]] = result.details["pairs"][row]
+    details = [{"dataset_name": pair, **found} for pair, found in by_pair.items()]
+    return _object("scr", metrics, details, result, row, sae, release, sae_id, seed, millis)
+
+
 def absorption_results(
     result: SuiteResult, row: str, sae: SAE, *, release: str, sae_id: str, seed: int, millis: int
 ) -> dict[str, Any]:
@@ -75,6 +85,7 @@ def absorption_results(
             "first_letter": task.partition("=")[2],
             "mean_absorption_fraction": found["fraction"],
             "full_absorption_rate": found["full"],
+            "num_full_absorption": round(found["full"] * found["words"]),
             "num_probe_true_positives": found["words"],
             "num_split_features": len(found["main"]),
         }

@@ -67,6 +67,7 @@ def stability(saes: Mapping[str, SAE], seed: int) -> SuiteResult:
         )
         groups.setdefault(kind, []).append(name)
     rows: dict[str, dict[str, Interval]] = {}
+    row_of: dict[str, str] = {}
     baselines: list[str] = []
     for kind, names in groups.items():
         if len(names) < 2:
@@ -74,6 +75,7 @@ def stability(saes: Mapping[str, SAE], seed: int) -> SuiteResult:
         decoders = [saes[name].W_dec.detach().float().cpu() for name in names]
         metric = "pw_mcc" if decoders[0].shape[0] <= MATCHED_WIDTH else "pw_max_cosine"
         rows[f"{kind}, {len(names)} seeds"] = {metric: over_seeds(decoders, metric)}
+        row_of |= dict.fromkeys(names, f"{kind}, {len(names)} seeds")
         generator = torch.Generator().manual_seed(seed)
         drawn = [
             [torch.randn(decoders[0].shape, generator=generator) for _ in range(2)]
@@ -89,7 +91,7 @@ def stability(saes: Mapping[str, SAE], seed: int) -> SuiteResult:
         )
     alone = [names[0] for names in groups.values() if len(names) < 2]
     notes = (f"nothing to compare with: {', '.join(alone)}",) if alone else ()
-    return SuiteResult("stability", rows, tuple(baselines), detectable(rows), notes=notes)
+    return SuiteResult("stability", rows, tuple(baselines), detectable(rows), {"row_of": row_of}, notes)
 
 
 def over_seeds(decoders: Sequence[Tensor], metric: str) -> Interval:

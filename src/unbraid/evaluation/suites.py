@@ -8,28 +8,29 @@ from typing import Any, Literal, get_args
 
 from unbraid.activations.documents import Document
 from unbraid.activations.text import Positions
-from unbraid.evaluation import concepts, first_letter, probing, removal, stability, tpp
+from unbraid.evaluation import concepts, first_letter, probing, removal, scr, stability, tpp
 from unbraid.evaluation.baselines import random_directions, untrained
 from unbraid.evaluation.definitions import Definition
 from unbraid.evaluation.evaluate import check_fit
-from unbraid.evaluation.labelled import Pooled, Reading, SuiteResult, pool, sample
+from unbraid.evaluation.labelled import Pooled, Reading, SuiteResult, in_fixed_order, pool, sample
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.progress import Progress
 from unbraid.model.load import LanguageModel
 from unbraid.model.sites import Site
 from unbraid.sae.base import SAE
 
-Suite = Literal["probing", "tpp", "removal", "absorption", "concepts", "stability"]
+Suite = Literal["probing", "tpp", "scr", "removal", "absorption", "concepts", "stability"]
 DEFINITIONS: Mapping[str, Mapping[str, Definition]] = {
     "probing": probing.DEFINITIONS,
     "tpp": tpp.DEFINITIONS,
+    "scr": scr.DEFINITIONS,
     "removal": removal.DEFINITIONS,
     "absorption": first_letter.DEFINITIONS,
     "concepts": concepts.DEFINITIONS,
     "stability": stability.DEFINITIONS,
 }
 """What each suite measures; its names are the suites'."""
-ON_MEANS = ("probing", "tpp", "removal")
+ON_MEANS = ("probing", "tpp", "scr", "removal")
 """Suites that read each document's mean codes, made in one pass for all of them."""
 
 
@@ -48,16 +49,17 @@ def run_suites(
 ) -> list[SuiteResult]:
     """Run the named suites on autoencoders by name: one result for each suite and site, in the names' order.
 
-    `documents` carry labels (probing, tpp, removal) or concepts (concepts); the other suites need none. Each
-    table has an untrained autoencoder for every shape among `saes`; what is read of the model is read
-    once for the suites that can share it. Raises UserError for a suite or a name that does not exist, and
-    for whatever a suite lacks.
+    `documents` carry labels (probing, tpp, scr, removal) or concepts (concepts); the other suites need none.
+    Each table has an untrained autoencoder for every shape among `saes`; what is read of the model is read
+    once for the suites that can share it. Neither the documents' order nor the batches matter. Raises
+    UserError for a suite or a name that does not exist, and for whatever a suite lacks.
     """
     check_suites(names, len(saes))
     if positions not in get_args(Positions):
         raise UserError(
             f"there are no positions {positions!r}; choose among {', '.join(get_args(Positions))}"
         )
+    documents = in_fixed_order(documents)
     by_site: dict[Site, dict[str, SAE]] = {}
     for name, sae in saes.items():
         chosen = Site.parse(site) if isinstance(site, str) else site or sae.site
@@ -125,6 +127,7 @@ def _at_site(
     run: dict[str, Callable[[], SuiteResult]] = {
         "probing": lambda: probing.probing(means(), list(floors), documents, seed),
         "tpp": lambda: tpp.tpp(means(), everything, list(floors), documents, seed),
+        "scr": lambda: scr.scr(means(), everything, list(floors), documents, seed),
         "removal": lambda: removal.removal(
             means(), everything, list(floors), lm, documents, reading, seed, progress=progress
         ),

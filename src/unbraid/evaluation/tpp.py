@@ -142,7 +142,7 @@ def tpp(
         per_label: dict[str, dict[str, list[float]]] = {}
         for group in groups:
             probes = [fit_probe(pooled.raw, task) for task in group]
-            for name, bases in _bases(pooled, saes, group, probes, seed + run).items():
+            for name, bases in bases_by_row(pooled, saes, group, probes, seed + run).items():
                 for n in thresholds:
                     if n > bases[0].write.shape[0] and name in saes:
                         continue
@@ -172,10 +172,10 @@ def labels_with_classes(asked: Sequence[Task]) -> list[list[Task]]:
     return found
 
 
-def _bases(
+def bases_by_row(
     pooled: Pooled, saes: Mapping[str, SAE], group: Sequence[Task], probes: Sequence[Probe], seed: int
 ) -> dict[str, list[Basis]]:
-    """For each row of the table a basis for each class."""
+    """For each row of the table a basis for each task of a group."""
     raw, d_in = pooled.raw, pooled.raw.shape[1]
     chosen = np.unique(np.concatenate([task.rows["select"] for task in group]))
     centred = raw - raw[chosen].mean(axis=0)

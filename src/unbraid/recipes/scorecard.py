@@ -31,6 +31,7 @@ KIND = "evaluation"
 SAEBENCH = {
     "probing": saebench_suites.sparse_probing_results,
     "tpp": saebench_suites.tpp_results,
+    "scr": saebench_suites.scr_results,
     "absorption": saebench_suites.absorption_results,
 }
 """Suites that SAEBench has a file for."""

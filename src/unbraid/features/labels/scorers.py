@@ -73,7 +73,7 @@ def simulation(judge: Judge, labelled: Sequence[Labelled], seed: int = 0) -> lis
         expected = [np.zeros(len(w.tokens)) if e is None else e for w, e in zip(windows, found, strict=True)]
         true = np.concatenate([w.activations for w in windows])
         documents = [w.document for w in windows for _ in w.tokens]
-        value = correlation_by_document(np.concatenate(expected), true, documents, seed)
+        value = correlation_by_document(np.concatenate(expected), true, documents)
         blank = not_measured("simulation", judge.name, 0.0, "", evidence)
         scores.append(
             Score(
