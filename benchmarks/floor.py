@@ -143,9 +143,11 @@ def in_pieces(calls: list[dict[str, Any]], threads: int) -> tuple[dict[str, floa
                 scale = c["sigmas"] / np.sqrt(12)
                 ratio = (length / unit)[: len(part)].max()
                 loops.uncertainty(c["length"], c["unit"], ratio, scale, c["size"], c["off"])
+                least = c["least"][begin : begin + rows] / unit[: len(part)]
                 timed(
-                    "candidates", c["scores"], c["best"], c["off"], c["size"], c["wanted"], here, c["latents"]
-                )
+                    "candidates", c["scores"], c["best"], c["off"], c["size"], c["wanted"], least, here,
+                    c["latents"],
+                )  # fmt: skip
                 timed("pre_activations", part, c["W"], c["b_enc"], here, c["latents"], c["values"])
             many += int(starts[-1])
         return many

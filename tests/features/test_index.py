@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from unbraid.features.geometry import logit_effects, promoted_and_suppressed
 from unbraid.features.index import IndexConfig, build_index
 from unbraid.features.page import Index
 from unbraid.features.stretches import class_of
+from unbraid.features.tables import SCHEMAS
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.record import check_files
 from unbraid.model.load import LanguageModel, load_model
@@ -318,6 +320,16 @@ def test_a_dead_latent_has_a_page(
     assert page.count == 0 and page.max == 0 and page.mean == 0 and page.positions is None
     assert page.quantiles == page.intervals == page.top == page.tokens == ()
     json.dumps(page.as_dict(), allow_nan=False)
+
+
+def test_values_that_recur_have_a_dictionary_and_floats_none(index: Index) -> None:
+    for table, schema in SCHEMAS.items():
+        group = pq.read_metadata(index.folder / f"{table}.parquet").row_group(0)
+        for number in range(group.num_columns):
+            column = group.column(number)
+            floats = column.physical_type in ("FLOAT", "DOUBLE")
+            assert ("RLE_DICTIONARY" in column.encodings) is not floats, (table, column.path_in_schema)
+        assert group.num_columns == len(schema)
 
 
 def test_the_same_corpus_gives_the_same_bytes(

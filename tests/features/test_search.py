@@ -183,10 +183,16 @@ def test_windows_of_a_long_text_lie_one_after_the_other(sae: SAE, lm: LanguageMo
         Reader(sae).read(lm, " \n")
 
 
-def test_a_screened_encoder_gives_the_same_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("k", "parts"), [(1, 5), (7, 2), (7, 1)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_screened_encoder_gives_the_same_codes(
+    k: int, parts: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 64 * k
     monkeypatch.setattr("unbraid.features.search_activation.PART", 64)
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
     generator = torch.Generator().manual_seed(0)
-    sae = build(SAEConfig("topk", d_in=24, d_sae=64 * 4 + 13, k=7))
+    sae = build(SAEConfig("topk", d_in=24, d_sae=size * (parts - 1) + 13, k=k))
     with torch.no_grad():
         sae.W_enc.copy_(torch.randn(sae.W_enc.T.shape, generator=generator).T)
         sae.b_enc.copy_(torch.randn(sae.b_enc.shape, generator=generator))
@@ -194,8 +200,9 @@ def test_a_screened_encoder_gives_the_same_codes(monkeypatch: pytest.MonkeyPatch
     x = torch.randn(300, 24, generator=generator)
     with torch.no_grad():
         wanted = sae.encode_dense(x)
-    found = Screens(sae).encode(x).dense(sae.config.d_sae)  # type: ignore[arg-type]
-    torch.testing.assert_close(found, wanted)
+    screens = Screens(sae)  # type: ignore[arg-type]
+    assert len(screens.screens) == parts
+    torch.testing.assert_close(screens.encode(x).dense(sae.config.d_sae), wanted)
 
 
 # By meaning.

@@ -136,6 +136,21 @@ def test_a_common_word_beside_a_rare_one_is_not_asked_for(
     assert latents(search, "thing7 the thing8") == []
 
 
+def test_those_that_fire_most_come_first_whichever_table_they_are_in(tmp_path: Path) -> None:
+    # Latent n fires on (7n mod 40) / 4 other words of a passage beside "here", which it stands next to.
+    passages = [["here", *(f" w{n}x{i}" for i in range(11))] for n in range(40)]
+    made = [Made([(n, 1 + i, 9.0 - i) for i in range(1 + 7 * n % 40 // 4)]) for n in range(40)]
+    search = Search(handmade(tmp_path / "index", passages, made))
+    wanted = sorted(range(40), key=lambda n: (-len(made[n].fires), n))
+    for limit in (1, 2, 3, 6, 20, 39, 40, 100):
+        assert [hit.latent for hit in search.text("here", limit)] == wanted[:limit]
+        assert [hit.latent for hit in search.text("her*", limit)] == wanted[:limit]
+    with sqlite3.connect(text_path(search.index)) as connection:
+        ask = "SELECT count(*) FROM {name} WHERE {name} MATCH 'here'"
+        held = [connection.execute(ask.format(name=name)).fetchone()[0] for name in search_text._AROUND]
+    assert held == [2, 3, 15, 20]
+
+
 def test_labels_come_first_and_are_searched_as_they_stand_now(index: Index, tmp_path: Path) -> None:
     labels = Labels(tmp_path / "labels.sqlite", "an autoencoder")
     search = Search(index, labels)

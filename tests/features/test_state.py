@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from unbraid.features import hashes, lists, loops, pairs
 from unbraid.features.coactive import FEWEST, TokenSample
 from unbraid.features.groups import INTERVALS, level_edges
-from unbraid.features.state import Sizes, State, row_keys
+from unbraid.features.state import Sizes, State, around, row_keys
 
 LATENTS, LENGTH, TOKENS = 4, 6, 5
 SIZES = Sizes(best=3, sample=4, per_interval=2, reach=1, coactive=1 << 20)
@@ -64,7 +64,8 @@ def _held(slots: loops.Slots) -> list[list[tuple[float, ...]]]:
     """What is in the slots of each latent, in an order of its own."""
     found = []
     for j in range(LATENTS):
-        columns = zip(slots.key[j], slots.value[j], slots.passage[j], slots.position[j], slots.around[j])  # noqa: B905
+        near = around(slots, j, j + 1, SIZES.reach)[0]
+        columns = zip(slots.key[j], slots.value[j], slots.passage[j], slots.position[j], near)  # noqa: B905
         rows = [(int(k), float(v), int(p), int(q), *map(float, a)) for k, v, p, q, a in columns if p >= 0]
         found.append(sorted(rows))
     return found

@@ -22,7 +22,7 @@ import pyarrow as pa
 from unbraid.activations.documents import Document
 from unbraid.features.finish import Places, read_state, write_tables
 from unbraid.features.page import Index
-from unbraid.features.state import Seen, Sizes, State
+from unbraid.features.state import VERSION, Seen, Sizes, State
 from unbraid.features.stretches import Classes, Part, Reader, Stretch, parts_of
 from unbraid.features.tables import LAYOUT, PASSAGE, PASSAGES, PLACES, Passages, part_name
 from unbraid.manifest.errors import UserError
@@ -108,6 +108,7 @@ class Build:
             "facts": origin.facts,
             "share": list(origin.share),
             "append": None if append is None else append.manifest.id,
+            "state": VERSION,
         }
         if (folder / WORK).is_file():
             self._go_on(json.loads((folder / WORK).read_text()))

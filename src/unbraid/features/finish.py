@@ -16,7 +16,7 @@ from unbraid.features.groups import INTERVALS
 from unbraid.features.hashes import F32, I32, I64, U64
 from unbraid.features.loops import Slots
 from unbraid.features.pairs import BLOCK
-from unbraid.features.state import State, row_keys
+from unbraid.features.state import SLOTS, State, around, row_keys
 from unbraid.features.stretches import Classes
 from unbraid.features.tables import LATENTS, PLACES, SCHEMAS, VOCABULARY, Passages, Table, TableWriter
 
@@ -157,7 +157,9 @@ def _write_examples(folder: Path, state: State, places: Places) -> None:
                 group = np.full(len(slot), -1)
                 if kind == 2:
                     group = slot // state.sizes.per_interval
-                found = {name: array[begin + latent, slot] for name, array in slots._asdict().items()}
+                names = ("key", "value", "passage", "position")
+                found = {name: getattr(slots, name)[begin + latent, slot] for name in names}
+                found["around"] = around(slots, begin, end, state.sizes.reach)[latent, slot]
                 # The strongest first, or those that were drawn first; of equal ones the earlier.
                 by = -found["value"] if kind == 0 else ~found["key"]
                 order = np.lexsort((found["position"], found["passage"], by, group, latent))
@@ -165,9 +167,9 @@ def _write_examples(folder: Path, state: State, places: Places) -> None:
                 found = {name: column[order] for name, column in found.items()}
                 if kind == 0:
                     rank = np.empty(len(latent), np.int32)
-                    around = places.around(found["passage"], found["position"])
+                    near = places.around(found["passage"], found["position"])
                     held = np.bincount(latent, minlength=end - begin)
-                    lists.shown(around, held, int(np.ceil(ALIKE * around.shape[1])), rank)
+                    lists.shown(near, held, int(np.ceil(ALIKE * near.shape[1])), rank)
                 else:
                     rank = _rank_in_run(latent * INTERVALS + group)
                 parts.append(
@@ -235,8 +237,14 @@ def read_state(folder: Path, state: State, places: Places, seed: int, level: int
     state.counts = c._replace(strata=strata if strata.size else c.firings[:, None].copy())
 
     examples, tokens = Table(folder, "examples"), Table(folder, "tokens")
+    activations: dict[str, list[tuple[NDArray[np.int16], F32]]] = {kind: [] for kind in KINDS}
     for number in range(examples.groups):
-        _read_examples(examples.group(number), state, places, seed)
+        _read_examples(examples.group(number), state, places, seed, activations)
+    for name, kind in zip(SLOTS, KINDS, strict=True):
+        away, active = (np.concatenate(parts) for parts in zip(*activations[kind], strict=True))
+        slots: Slots = getattr(state, name)
+        slots.first[1:] = np.cumsum(slots.size.sum(axis=1, dtype=np.int64))
+        setattr(state, name, slots._replace(away=away, active=active))
     for number in range(tokens.groups):
         rows = tokens.group(number)
         first = np.searchsorted(rows["latent"].to_numpy(), np.arange(d_sae + 1)).astype(np.int64)
@@ -250,10 +258,17 @@ def read_state(folder: Path, state: State, places: Places, seed: int, level: int
     state.occurrences[words["token"].to_numpy()] = words["occurrences"].to_numpy()
 
 
-def _read_examples(rows: Any, state: State, places: Places, seed: int) -> None:
+def _read_examples(
+    rows: Any,
+    state: State,
+    places: Places,
+    seed: int,
+    activations: dict[str, list[tuple[NDArray[np.int16], F32]]],
+) -> None:
+    """Fill the slots of some latents, but for their activations, which are added to those of their kind."""
     kind, group = rows["kind"].to_numpy(zero_copy_only=False), rows["group"].to_numpy().astype(np.int64)
     columns = [rows[name].to_numpy() for name in ("latent", "passage", "position", "value")]
-    around: F32 = rows["activations"].combine_chunks().flatten().to_numpy().reshape(len(kind), -1)
+    there: F32 = rows["activations"].combine_chunks().flatten().to_numpy().reshape(len(kind), -1)
     for name, slots, per in _slots(state):
         chosen = kind == name
         latent, passage, position, value = (c[chosen] for c in columns)
@@ -270,7 +285,12 @@ def _read_examples(rows: Any, state: State, places: Places, seed: int) -> None:
             key = hashes.mixed(places.keys(seed, passage, position), latent.astype(np.uint64))
         where = (latent, slot)
         slots.key[where], slots.value[where], slots.passage[where] = key, value, passage
-        slots.position[where], slots.around[where] = position, around[chosen]
+        slots.position[where] = position
+        order = np.lexsort((slot, latent))
+        example, place = np.nonzero(there[chosen][order])
+        slots.size[latent[order], slot[order]] = np.bincount(example, minlength=len(order))
+        away = (place - state.sizes.reach).astype(np.int16)
+        activations[name].append((away, there[chosen][order][example, place]))
 
 
 def _slots(state: State) -> Sequence[tuple[str, Slots, int]]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from unbraid.features.groups import HISTOGRAM_BINS, INTERVALS, LEVELS, OCTAVES
-from unbraid.features.hashes import F32, F64, I32, I64, U64, compiled, mix
+from unbraid.features.hashes import F32, F64, I16, I32, I64, U64, compiled, mix
 
 BINS, OF_INTERVAL = HISTOGRAM_BINS, HISTOGRAM_BINS // INTERVALS
 BELOW = LEVELS * OCTAVES
@@ -57,8 +57,17 @@ class Slots(NamedTuple):
     """(F, S)."""
     position: I32
     """(F, S)."""
-    around: F32
-    """(F, S, 2 · reach + 1): the latent's activations there."""
+    size: I32
+    """(F, S): how many activations other than 0 the latent has there, at and around the place."""
+    first: I64
+    """(F + 1,): where the activations of each latent's slots begin, slot after slot."""
+    away: I16
+    """(n,): how far from the slot's place, rising."""
+    active: F32
+    """(n,): how strong."""
+    source: I32
+    """(F, S) while firings are taken in, else empty: which slot's activations are to be this one's; from S on
+    another state's; below 0 those around the first, second, … of the latent's firings that are taken in."""
 
 
 class Counts(NamedTuple):
@@ -176,25 +185,80 @@ def _weakest(best: Slots, j: int) -> np.float32:
 
 
 @compiled
-def _surround(rows: Rows, row: I32, value: F32, at: int, begin: int, end: int, out: F32) -> None:
-    """The latent's activations around firing `at` of its list begin … end − 1, in `out` (2 · reach + 1,)."""
-    reach, here = len(out) // 2, rows[row[at]]
-    out[:] = 0
-    for step in (-1, 1):
-        i = at
-        while begin <= i < end and rows[row[i]].passage == here.passage:
-            away = rows[row[i]].position - here.position
-            if abs(away) > reach:
-                break
-            out[reach + away] = value[i]
-            i += step
+def _surround(rows: Rows, row: I32, at: int, begin: int, end: int, reach: int) -> tuple[int, int]:
+    """Of a latent's firings begin … end − 1 the first one around firing `at`, and the one after the last."""
+    here = rows[row[at]]
+    low, high = at, at + 1
+    while low > begin and rows[row[low - 1]].passage == here.passage:
+        if here.position - rows[row[low - 1]].position > reach:
+            break
+        low -= 1
+    while high < end and rows[row[high]].passage == here.passage:
+        if rows[row[high]].position - here.position > reach:
+            break
+        high += 1
+    return low, high
+
+
+@compiled
+def count_around(
+    begin: int, end: int, slots: Slots, more: Slots, first: I64, row: I32, rows: Rows, reach: int, size: I32
+) -> None:
+    """The `size` (F, S) that slots of latents begin … end − 1 will have, from their `source`."""
+    S = size.shape[1]
+    for j in range(begin, end):
+        for s in range(S):
+            source = slots.source[j, s]
+            if slots.passage[j, s] < 0:
+                size[j, s] = 0
+            elif source < 0:
+                low, high = _surround(rows, row, first[j] - 1 - source, first[j], first[j + 1], reach)
+                size[j, s] = high - low
+            elif source < S:
+                size[j, s] = slots.size[j, source]
+            else:
+                size[j, s] = more.size[j, source - S]
+
+
+@compiled
+def fill_around(
+    begin: int, end: int, slots: Slots, more: Slots, first: I64, row: I32, value: F32, rows: Rows, reach: int,
+    size: I32, to: I64, away: I16, active: F32,
+) -> None:  # fmt: skip
+    """The activations of slots of latents begin … end − 1, into away and active from to[begin] on."""
+    S = size.shape[1]
+    begins = np.zeros(2 * S, np.int64)  # of what the old slots have, and those of the other state
+    for j in range(begin, end):
+        there = slots.first[j]
+        for s in range(S):
+            begins[s] = there
+            there += slots.size[j, s]
+        if len(more.first):
+            there = more.first[j]
+            for s in range(S):
+                begins[S + s] = there
+                there += more.size[j, s]
+        at = to[j]
+        for s in range(S):
+            source, n = slots.source[j, s], size[j, s]
+            if n and source < 0:
+                firing = first[j] - 1 - source
+                low, _ = _surround(rows, row, firing, first[j], first[j + 1], reach)
+                here = rows[row[firing]].position
+                for i in range(low, low + n):
+                    away[at + i - low], active[at + i - low] = rows[row[i]].position - here, value[i]
+            elif n:
+                held, strength = (slots.away, slots.active) if source < S else (more.away, more.active)
+                for c in range(n):
+                    away[at + c], active[at + c] = held[begins[source] + c], strength[begins[source] + c]
+            at += n
 
 
 @compiled
 def _copy(source: Slots, j: int, s: int, target: Slots, t: int) -> None:
+    """Slot t of the target is now what slot s of another state was."""
     if t >= 0:
-        for c in range(source.around.shape[2]):
-            target.around[j, t, c] = source.around[j, s, c]
+        target.source[j, t] = target.source.shape[1] + source.source[j, s]
 
 
 @compiled
@@ -214,14 +278,14 @@ def widen(counts: Counts, spread: Slots, j: int, exponent: int) -> None:
     size = spread.key.shape[1]
     per = size // INTERVALS
     key, value = spread.key[j].copy(), spread.value[j].copy()
-    passage, position, around = spread.passage[j].copy(), spread.position[j].copy(), spread.around[j].copy()
+    passage, position, source = spread.passage[j].copy(), spread.position[j].copy(), spread.source[j].copy()
     spread.passage[j] = -1
     for s in range(size):
         if passage[s] >= 0:
             low = (s // per >> min(by, 62)) * per
             t = _offer_sample(spread, j, low, low + per, key[s], value[s], passage[s], position[s])
             if t >= 0:
-                spread.around[j, t] = around[s]
+                spread.source[j, t] = source[s]
 
 
 @compiled
@@ -245,7 +309,10 @@ def take_in(
     sample: Slots,
     spread: Slots,
 ) -> None:
-    """Count the firings of latents begin … end − 1 in a stretch of text and let them compete for slots."""
+    """Count the firings of latents begin … end − 1 in a stretch of text and let them compete for slots.
+
+    The slots' activations are left as they were, to be fetched by `fill_around`.
+    """
     # Plain arrays, and no call on the way of most firings: a call counts references of all that it is given.
     bits = value.view(np.int32)
     histogram, levels, octaves, by_stratum = counts.histogram, counts.levels, counts.octaves, counts.strata
@@ -292,14 +359,14 @@ def take_in(
             if key >= latest:
                 s = _offer_sample(sample, j, 0, size, key, v, token.passage, token.position)
                 if s >= 0:
-                    _surround(rows, row, value, i, a, b, sample.around[j, s])
+                    sample.source[j, s] = a - 1 - i
                     latest = _latest(sample, j, 0, size)
             interval = place // OF_INTERVAL
             if key >= bars[interval]:
                 low = interval * per
                 s = _offer_sample(spread, j, low, low + per, key, v, token.passage, token.position)
                 if s >= 0:
-                    _surround(rows, row, value, i, a, b, spread.around[j, s])
+                    spread.source[j, s] = a - 1 - i
                     bars[interval] = _latest(spread, j, low, low + per)
 
             if v > value[peak]:
@@ -309,7 +376,7 @@ def take_in(
                 if value[peak] >= weakest:
                     s = _offer_best(best, j, best_of.context, value[peak], best_of.passage, best_of.position)
                     if s >= 0:
-                        _surround(rows, row, value, peak, a, b, best.around[j, s])
+                        best.source[j, s] = a - 1 - peak
                         weakest = _weakest(best, j)
                 peak = i + 1
         counts.firings[j] += b - a

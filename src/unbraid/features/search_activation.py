@@ -18,7 +18,7 @@ from unbraid.manifest.errors import UserError
 from unbraid.model.load import LanguageModel
 from unbraid.sae.base import SAE
 from unbraid.sae.codes import SparseCodes
-from unbraid.sae.kernels import cpu
+from unbraid.sae.kernels import cpu, loops
 from unbraid.sae.topk import TopKSAE
 
 Order = Literal["surprise", "activation"]
@@ -113,16 +113,21 @@ class Reader:
 
 
 class Screens:
-    """A TopK encoder in parts, each with a rough copy, so that threads can share the work on few tokens."""
+    """A TopK encoder in parts, each with a rough copy, so that threads can share the work on few tokens.
+
+    What a part has is looked for only where it exceeds the best of the parts before.
+    """
 
     def __init__(self, sae: TopKSAE) -> None:
         self.sae = sae
         W_enc, b_enc = cpu.array(sae.W_enc.T), cpu.array(sae.b_enc)
-        self.edges = list(range(0, len(b_enc), PART))
-        self.screens = [cpu.Screen(W_enc[e : e + PART], b_enc[e : e + PART]) for e in self.edges]
+        # Enough groups of latents in each that their best say what its k best surely reach.
+        size = max(PART, 2 * loops.GROUP * sae.config.k)
+        self.edges = list(range(0, len(b_enc), size))
+        self.screens = [cpu.Screen(W_enc[e : e + size], b_enc[e : e + size]) for e in self.edges]
         # Parts are worked on one after the other in a thread, and can write to the same memory.
         shared = threading.local()
-        for screen in self.screens[: len(b_enc) // PART]:
+        for screen in self.screens[: len(b_enc) // size]:
             screen.local = shared
 
     def encode(self, x: Tensor) -> SparseCodes:
@@ -135,15 +140,20 @@ class Screens:
     def _top(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Values and latents (n, k) of the k largest pre-activations of x (n, d_in), n ≤ CHUNK_ROWS."""
 
-        def part(number: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-            screen, most = self.screens[number], min(k, len(self.screens[number].b_enc))
-            latents = np.empty((len(x), most), np.int32)
-            values = np.empty((len(x), most), np.float32)
-            screen.top_k(x, latents, values)
-            return values, latents.astype(np.int64) + self.edges[number]
+        def some(parts: range) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+            first = self.screens[parts[0]]
+            most = min(k, len(first.b_enc))
+            latents, values = np.empty((len(x), most), np.int32), np.empty((len(x), most), np.float32)
+            first.top_k(x, latents, values)
+            latents += np.int32(self.edges[parts[0]])
+            for part in parts[1:]:
+                self.screens[part].improve(x, self.edges[part], latents, values)
+            return values, latents
 
-        parts = cpu.side_by_side(part, range(len(self.screens)))
-        values = torch.from_numpy(np.concatenate([v for v, _ in parts], axis=1))
-        latents = torch.from_numpy(np.concatenate([j for _, j in parts], axis=1))
+        threads = min(torch.get_num_threads(), len(self.screens))
+        shares = [range(t, len(self.screens), threads) for t in range(threads)]
+        found = cpu.side_by_side(some, shares)
+        values = torch.from_numpy(np.concatenate([v for v, _ in found], axis=1))
+        latents = torch.from_numpy(np.concatenate([j for _, j in found], axis=1).astype(np.int64))
         best = values.topk(k, dim=1)
         return best.values, latents.gather(1, best.indices)

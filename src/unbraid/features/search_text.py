@@ -2,8 +2,9 @@
 
 What a word says of a latent depends on where it stands: the latent fires on it, most of the time or at
 times, or promotes it, or it merely stands around.  So a match is ranked by its place first, and by how often
-the latent fires next; nothing has to be scored that will not be shown.  The file is no part of the artifact:
-it can be thrown away, and is made again when next needed.
+the latent fires next; nothing has to be scored that will not be shown.  Most of the text are examples: those
+of the latents that fire most often are in a table of their own, and where that has enough nothing else is
+looked at.  The file is no part of the artifact: it can be thrown away, and is made again when next needed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from unbraid.manifest.errors import UserError
 from unbraid.manifest.files import writing
 from unbraid.manifest.progress import Progress
 
-SCHEMA = 1
+SCHEMA = 2
 EXAMPLES = 5
 """Strongest examples of a latent whose text can be searched."""
 REACH = 10
@@ -43,6 +44,8 @@ COMMON = 1 / 8
 """Words that stand in the examples of more than this share of latents are not asked for beside rarer ones."""
 COMMON_FROM = 10_000
 """Where fewer latents have it, no word is common: there is no time to be saved."""
+TABLES = (1 / 32, 1 / 8, 1 / 2, 1.0)
+"""Examples of so many of the latents, those that fire most often, are in the first table, the first two …"""
 TOKENIZER = "unicode61 remove_diacritics 2"
 """Of FTS5: words are runs of letters and digits, and café is cafe."""
 MOST_TERMS = 32
@@ -68,12 +71,13 @@ class Match:
     """The same in words."""
 
 
-# Table and column of each place, best first.
+_AROUND = tuple(f"around{number}" for number in range(len(TABLES)))
+# Tables and column of each place, best first.
 _PLACES = (
-    (4, "said", "mostly", "fires mostly on it"),
-    (3, "said", "fires", "fires on it"),
-    (2, "said", "promoted", "promotes it"),
-    (1, "around", "examples", "stands in its examples"),
+    (4, ("said",), "mostly", "fires mostly on it"),
+    (3, ("said",), "fires", "fires on it"),
+    (2, ("said",), "promoted", "promotes it"),
+    (1, _AROUND, "examples", "stands in its examples"),
 )
 
 
@@ -130,14 +134,14 @@ class TextIndex:
     def search(self, query: str, limit: int = 20) -> list[Match]:
         """The best latents for a query, all of whose words stand in the same place; none without a word.
 
-        Of CANDIDATES and more matches in one place, the first by number are compared.
+        Of CANDIDATES and more matches in one table, the first by number are compared.
         """
         wanted = terms(query)
         found: dict[int, Match] = {}
-        for place, table, column, why in _PLACES:
+        for place, table, column, why in ((p, t, *rest) for p, tables, *rest in _PLACES for t in tables):
             if not wanted or len(found) >= limit:
                 break
-            if table == "around":
+            if table in _AROUND:
                 wanted = [term for term in wanted if term.casefold() not in self._common] or wanted
             expression = f"{{{column}}} : ({' AND '.join(wanted)})"
             rows = self._connection.execute(_MATCHING.format(table=table), (expression, CANDIDATES))
@@ -173,20 +177,24 @@ def build(index: Index, path: Path, progress: Progress | None = None) -> None:
 def _fill(index: Index, path: Path, progress: Progress | None) -> None:
     with closing(sqlite3.connect(path)) as connection:
         connection.executescript(_TABLES)
+        counts = pq.read_table(index.folder / "latents.parquet", columns=["count"])["count"].to_numpy()
+        rank = np.empty(len(counts), np.int64)
+        rank[np.argsort(-counts, kind="stable")] = np.arange(len(counts))
+        table = np.searchsorted(len(counts) * np.array(TABLES), rank, side="right")
         for latent, mostly, fires, promoted, examples in Texts(index):
             if mostly or fires or promoted:
                 connection.execute(_SAID, (latent, mostly, fires, promoted))
             if examples:
-                connection.execute(_AROUND, (latent, examples))
+                connection.execute(_EXAMPLES.format(table=_AROUND[table[latent]]), (latent, examples))
             if progress is not None and latent % 1024 == 0:
                 progress(latent + 1, index.d_sae, "latents")
-        for table in ("said", "around"):
-            connection.execute(f"INSERT INTO {table} ({table}) VALUES ('optimize')")
-        connection.execute("CREATE VIRTUAL TABLE temp.vocabulary USING fts5vocab('main', 'around', 'row')")
-        common = connection.execute(
-            "SELECT term FROM temp.vocabulary WHERE doc > ?", (max(COMMON * index.d_sae, COMMON_FROM),)
-        ).fetchall()
-        counts = pq.read_table(index.folder / "latents.parquet", columns=["count"])["count"].to_numpy()
+        for name in ("said", *_AROUND):
+            connection.execute(f"INSERT INTO {name} ({name}) VALUES ('optimize')")
+        for name in _AROUND:
+            connection.execute(
+                f"CREATE VIRTUAL TABLE temp.of_{name} USING fts5vocab('main', '{name}', 'row')"
+            )
+        common = connection.execute(_COMMON, (max(COMMON * index.d_sae, COMMON_FROM),)).fetchall()
         connection.execute(
             "INSERT INTO origin VALUES (?, ?, ?, ?)",
             (
@@ -207,11 +215,16 @@ PRAGMA cache_size = -64000;
 CREATE TABLE origin (id TEXT, schema INTEGER, common TEXT, counts BLOB);
 CREATE VIRTUAL TABLE said USING fts5(
     mostly, fires, promoted, content='', columnsize=0, tokenize='{TOKENIZER}');
-CREATE VIRTUAL TABLE around USING fts5(
-    examples, content='', columnsize=0, tokenize='{TOKENIZER}');
-"""
+""" + "".join(
+    f"CREATE VIRTUAL TABLE {name} USING fts5(examples, content='', columnsize=0, tokenize='{TOKENIZER}');\n"
+    for name in _AROUND
+)
 _SAID = "INSERT INTO said (rowid, mostly, fires, promoted) VALUES (?, ?, ?, ?)"
-_AROUND = "INSERT INTO around (rowid, examples) VALUES (?, ?)"
+_EXAMPLES = "INSERT INTO {table} (rowid, examples) VALUES (?, ?)"
+_COMMON = (
+    f"SELECT term FROM ({' UNION ALL '.join(f'SELECT term, doc FROM temp.of_{name}' for name in _AROUND)})"
+    " GROUP BY term HAVING SUM(doc) > ?"
+)
 
 
 def _is_of(path: Path, index: Index) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ POSITION_OCTAVES = 20
 """Positions 0, 1, 2–3, 4–7, … and everything from 2^18 on."""
 MOST_STRATA = 1000
 SLOTS = ("best", "sample", "spread")
+VERSION = 2
+"""Of what `State.save` writes."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,9 @@ class State:
     def __init__(self, d_sae: int, sizes: Sizes, folder: Path) -> None:
         self.d_sae, self.sizes, self.folder = d_sae, sizes, folder
         self.counts = _no_counts(d_sae)
-        self.best = _no_slots(d_sae, sizes.best, sizes.reach)
-        self.sample = _no_slots(d_sae, sizes.sample, sizes.reach)
-        self.spread = _no_slots(d_sae, INTERVALS * sizes.per_interval, sizes.reach)
+        self.best = _no_slots(d_sae, sizes.best)
+        self.sample = _no_slots(d_sae, sizes.sample)
+        self.spread = _no_slots(d_sae, INTERVALS * sizes.per_interval)
         self.tokens = TokenCounts(folder, d_sae)
         self.together = TokenSample(d_sae, sizes.coactive)
         self.occurrences: I64 = np.zeros(0, np.int64)
@@ -84,14 +87,18 @@ class State:
         lists = Lists.of(starts, latents, values, self.d_sae)
         by_latent = values[lists.entries]
         cuts = lists.cuts()
+        best, sample, spread = (_opened(getattr(self, name)) for name in SLOTS)
 
         def some(part: int) -> None:
             loops.take_in(
                 int(cuts[part]), int(cuts[part + 1]), lists.first, lists.rows, by_latent, rows, self.counts,
-                self.best, self.sample, self.spread,
+                best, sample, spread,
             )  # fmt: skip
 
         side_by_side(some, range(len(cuts) - 1))
+        for name, slots in zip(SLOTS, (best, sample, spread), strict=True):
+            of = lists.first, lists.rows, by_latent, rows
+            setattr(self, name, _closed(slots, _no_slots(0, 0), *of, self.sizes.reach))
         self.tokens.add(lists.first, rows["token"][lists.rows])
         self.together.add(_apart(rows["key"]), starts, latents)
         self._count_occurrences(np.bincount(rows["token"]))
@@ -129,15 +136,20 @@ class State:
         strata = np.zeros_like(self.counts.strata)
         strata[:, order] = more.counts.strata
         counts = more.counts._replace(strata=strata)
-        cuts = np.linspace(0, self.d_sae, 17).astype(int)
+        cuts = _even(self.d_sae)
+        best, sample, spread = mine = [_opened(getattr(self, name)) for name in SLOTS]
+        more_best, more_sample, more_spread = theirs = [_opened(getattr(more, name)) for name in SLOTS]
 
         def some(part: int) -> None:
             loops.merge(
-                int(cuts[part]), int(cuts[part + 1]), self.counts, self.best, self.sample, self.spread,
-                counts, more.best, more.sample, more.spread,
+                int(cuts[part]), int(cuts[part + 1]), self.counts, best, sample, spread,
+                counts, more_best, more_sample, more_spread,
             )  # fmt: skip
 
         side_by_side(some, range(len(cuts) - 1))
+        for name, slots, other in zip(SLOTS, mine, theirs, strict=True):
+            none = np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32)
+            setattr(self, name, _closed(slots, other, *none, np.zeros(0, loops.ROW), self.sizes.reach))
         for block, begin in zip(more.tokens.blocks(), range(0, self.d_sae, 512), strict=True):
             first = np.zeros(self.d_sae + 1, np.int64)
             first[begin : begin + len(block.first)] = block.first
@@ -158,14 +170,14 @@ class State:
 
     def drop_examples(self) -> None:
         """Forget all examples, and free most of the memory."""
-        self.best = self.sample = self.spread = _no_slots(self.d_sae, 0, 0)
+        self.best = self.sample = self.spread = _no_slots(self.d_sae, 0)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """All arrays by name."""
         together, held = self.together, self.tokens.held
         return {
             **{f"counts.{name}": array for name, array in self.counts._asdict().items()},
-            **{f"{s}.{name}": a for s in SLOTS for name, a in getattr(self, s)._asdict().items()},
+            **{f"{s}.{name}": getattr(getattr(self, s), name) for s in SLOTS for name in _SAVED},
             "tokens.first": held.first,
             "tokens.token": held.token,
             "tokens.times": held.times,
@@ -192,7 +204,8 @@ class State:
         found = dict(np.load(path, allow_pickle=False))
         self.counts = Counts(*(found[f"counts.{name}"] for name in Counts._fields))
         for slots in SLOTS:
-            setattr(self, slots, Slots(*(found[f"{slots}.{name}"] for name in Slots._fields)))
+            held = {name: found[f"{slots}.{name}"] for name in _SAVED}
+            setattr(self, slots, Slots(**held, source=_nowhere()))
         self.tokens.held = Pairs(*(found[f"tokens.{name}"] for name in ("first", "token", "times")))
         self.tokens.oldest, self.tokens.runs, self.tokens.firings = rest["runs"]
         self.tokens.tidy()
@@ -234,11 +247,64 @@ def _no_counts(F: int) -> Counts:
     )
 
 
-def _no_slots(F: int, size: int, reach: int) -> Slots:
+_SAVED = tuple(name for name in Slots._fields if name != "source")
+
+
+def _nowhere() -> I32:
+    return np.zeros((0, 0), np.int32)
+
+
+def _no_slots(F: int, size: int) -> Slots:
     return Slots(
         key=np.zeros((F, size), np.uint64),
         value=np.zeros((F, size), np.float32),
         passage=np.full((F, size), -1),
         position=np.zeros((F, size), np.int32),
-        around=np.zeros((F, size, 2 * reach + 1), np.float32),
+        size=np.zeros((F, size), np.int32),
+        first=np.zeros(F + 1 if F else 0, np.int64),
+        away=np.zeros(0, np.int16),
+        active=np.zeros(0, np.float32),
+        source=_nowhere(),
     )
+
+
+def _even(F: int) -> I64:
+    """Where to cut F latents into ranges of equal numbers."""
+    return np.linspace(0, F, 17).astype(np.int64)
+
+
+def _opened(slots: Slots) -> Slots:
+    """The same slots, of which each knows where its activations are."""
+    F, S = slots.key.shape
+    return slots._replace(source=np.tile(np.arange(S, dtype=np.int32), (F, 1)))
+
+
+def _closed(
+    slots: Slots, more: Slots, first: I64, row: I32, value: F32, rows: Rows, reach: int
+) -> Slots:  # fmt: skip
+    """The same slots with the activations that their sources name; `more` has those of another state."""
+    size, cuts = np.zeros_like(slots.size), _even(len(slots.size))
+    ranges = [(int(a), int(b)) for a, b in pairwise(cuts)]
+
+    def count(at: tuple[int, int]) -> None:
+        loops.count_around(*at, slots, more, first, row, rows, reach, size)
+
+    side_by_side(count, ranges)
+    to = np.concatenate([[0], np.cumsum(size.sum(axis=1, dtype=np.int64))])
+    away, active = np.empty(to[-1], np.int16), np.empty(to[-1], np.float32)
+
+    def fill(at: tuple[int, int]) -> None:
+        loops.fill_around(*at, slots, more, first, row, value, rows, reach, size, to, away, active)
+
+    side_by_side(fill, ranges)
+    return slots._replace(size=size, first=to, away=away, active=active, source=_nowhere())
+
+
+def around(slots: Slots, begin: int, end: int, reach: int) -> F32:
+    """Activations around the slots of latents begin … end − 1, (end − begin, S, 2 · reach + 1)."""
+    size = slots.size[begin:end]
+    out = np.zeros((size.size, 2 * reach + 1), np.float32)
+    mine = slice(int(slots.first[begin]), int(slots.first[end]))
+    slot = np.repeat(np.arange(size.size), size.ravel())
+    out[slot, slots.away[mine] + reach] = slots.active[mine]
+    return out.reshape(*size.shape, 2 * reach + 1)

@@ -132,7 +132,12 @@ class TableWriter:
 
     def __init__(self, folder: Path, table: str) -> None:
         self.schema, self.per_group = SCHEMAS[table], LATENTS[table]
-        self._writer = pq.ParquetWriter(folder / f"{table}.parquet", self.schema, compression="zstd")
+        self._writer = pq.ParquetWriter(
+            folder / f"{table}.parquet",
+            self.schema,
+            compression="zstd",
+            use_dictionary=_recurring(self.schema),
+        )
 
     def write(self, columns: Any) -> None:
         """The rows of the next `per_group` latents, or of the last few: a table, or columns by name."""
@@ -144,6 +149,16 @@ class TableWriter:
 
     def __exit__(self, *_: object) -> None:
         self._writer.close()
+
+
+def _recurring(schema: Any) -> Any:
+    """Parquet's names of the columns whose values recur. A dictionary of floats takes time and room."""
+    found: list[str] = []
+    for column in schema:
+        listed = pa.types.is_list(column.type)
+        if not pa.types.is_floating(column.type.value_type if listed else column.type):
+            found.append(f"{column.name}.list.element" if listed else column.name)
+    return found
 
 
 class Table:

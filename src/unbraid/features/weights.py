@@ -20,7 +20,7 @@ from unbraid.model.load import LanguageModel
 from unbraid.sae.base import SAE
 
 LOGIT_BINS = 50
-ROWS, COLUMNS = 512, 16384
+ROWS, COLUMNS = 128, 16384
 """Cosines that exist at the same time."""
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unbraid.sae.kernels import loops, reference
-from unbraid.sae.kernels.cpu import Screen
+from unbraid.sae.kernels.cpu import Precision, Screen
 
 SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 40), st.integers(1, 150), st.integers(0, 10_000))
 
@@ -143,7 +143,8 @@ def _entries(
         size = loops.GROUP
         wrong = np.array([off[g : g + size].max() for g in range(0, F, size)])
     starts, latents = np.zeros(n + 1, np.int64), np.empty(9 * n * F + 999, np.int32)
-    given = (grouped.swapaxes(0, 1), grouped.max(axis=2), wrong, size, wanted, starts)
+    least = np.zeros(n, np.float32)
+    given = (grouped.swapaxes(0, 1), grouped.max(axis=2), wrong, size, wanted, least, starts)
     found = loops.candidates(*given, latents)
     assert found == starts[-1]
     starts = starts.copy()
@@ -221,6 +222,51 @@ def test_a_screen_makes_room_for_rows_where_all_is_equal() -> None:
     starts, found, exact = screen.above(x, np.full(F, 15, np.float32))
     assert starts.tolist() == [F * i for i in range(65)] and (exact == 16).all()
     assert np.sort(found.reshape(64, F), axis=1).tolist() == [list(range(F))] * 64
+
+
+def _in_parts(
+    x: np.ndarray, W: np.ndarray, b: np.ndarray, k: int, parts: int, kind: Precision
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best of the first latents, with which those of the other parts compete."""
+    screens = [Screen(w, c, kind) for w, c in zip(np.split(W, parts), np.split(b, parts), strict=True)]
+    latents, values = np.empty((len(x), k), np.int32), np.empty((len(x), k), np.float32)
+    screens[0].top_k(torch.from_numpy(x), latents, values)
+    for number, screen in enumerate(screens[1:], start=1):
+        screen.improve(torch.from_numpy(x), number * len(W) // parts, latents, values)
+    return latents, values
+
+
+@given(SHAPES, st.integers(1, 12), st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_what_competes_part_by_part_ends_as_the_top_k(
+    shape: tuple[int, int, int, int], k: int, parts: int
+) -> None:
+    n, d, F, seed = shape
+    k, F = min(k, F), F * parts
+    x, W, b = _normal(seed, n, d), _normal(seed + 1, F, d), _normal(seed + 2, F)
+    latents, values = _in_parts(x, W, b, k, parts, "float32")
+    exact = x @ W.T + b
+    np.testing.assert_allclose(np.sort(values)[:, ::-1], np.sort(exact)[:, ::-1][:, :k], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(np.take_along_axis(exact, latents, 1), values, rtol=1e-4, atol=1e-4)
+    assert all(len(set(row)) == k for row in latents.tolist())
+
+
+def test_an_int8_screen_lets_through_what_is_better() -> None:
+    n, d, F, k = 200, 48, 3072, 8
+    x, W, b = _normal(0, n, d), _normal(1, F, d), _normal(2, F)
+    latents, values = _in_parts(x, W, b, k, 3, "int8")
+    wanted, _ = reference.top_k(*map(torch.from_numpy, (x, W, b)), k)
+    hits = sum(len(set(a) & set(c)) for a, c in zip(latents.tolist(), wanted.tolist(), strict=True))
+    assert hits >= 0.999 * n * k
+    np.testing.assert_allclose(values, np.take_along_axis(x @ W.T + b, latents, 1), rtol=1e-3)
+
+
+def test_a_row_without_codes_stays_so() -> None:
+    latents, values = np.array([[0, 1], [0, 1]], np.int32), np.array([[np.nan] * 2, [1, 5]], np.float32)
+    entries = np.array([0, 1, 4]), np.arange(4, dtype=np.int32), np.array([9, 2, 1, 7], np.float32)
+    loops.improve(*entries, 10, latents, values)
+    assert np.isnan(values[0]).all() and latents[0].tolist() == [0, 1]
+    assert values[1].tolist() == [7, 5] and latents[1].tolist() == [13, 1]
 
 
 def test_a_row_that_is_not_a_number_has_no_codes() -> None:

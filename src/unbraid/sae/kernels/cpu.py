@@ -127,44 +127,57 @@ class Screen:
 
     def top_k(self, x: Tensor, latents: I32, values: F32) -> None:
         """Fill latents and values (m, k) with the k largest pre-activations of x (m, d), m ≤ CHUNK_ROWS."""
-        loops.best_entries(*self.entries(x, self.b_enc, latents.shape[1]), latents, values)
+        loops.best_entries(*self.entries(x, self.b_enc, wanted=latents.shape[1]), latents, values)
+
+    def improve(self, x: Tensor, first: int, latents: I32, values: F32) -> None:
+        """Put latents of this screen, numbered from `first`, where x (m, d), m ≤ CHUNK_ROWS, has lesser ones
+        among the k best that were found in others: latents and values (m, k).
+        """
+        better = self.entries(x, self.b_enc, least=values.min(axis=1))
+        loops.improve(*better, first, latents, values)
 
     def above(self, x: Tensor, edge: F32) -> tuple[I64, I32, F32]:
         """Entries of x (m, d), m ≤ CHUNK_ROWS, whose pre-activation exceeds edge (F,): where each row's begin
         (m + 1,), their latents and values.
         """
-        starts, latents, values = self.entries(x, self.b_enc - edge, 0)
+        starts, latents, values = self.entries(x, self.b_enc - edge, least=np.zeros(len(x), np.float32))
         kept = values > edge[latents]
         return np.concatenate([[0], np.cumsum(kept)])[starts], latents[kept], values[kept]
 
-    def entries(self, x: Tensor, bias: F32, wanted: int) -> tuple[I64, I32, F32]:
-        """Those of x (m, d) that may be among the `wanted` largest of x W_encᵀ + bias in a row, or exceed 0
-        there where `wanted` is 0, with exact pre-activations; the first two as in `loops.candidates`. The
-        last two are written over by the next call in this thread.
+    def entries(
+        self, x: Tensor, bias: F32, *, wanted: int = 0, least: F32 | None = None
+    ) -> tuple[I64, I32, F32]:
+        """Those of x (m, d) that may be among the `wanted` largest of x W_encᵀ + bias in a row, or may reach
+        `least` (m,) there, with exact pre-activations; the first two as in `loops.candidates`. The last two
+        are written over by the next call in this thread.
         """
+        least = np.zeros(len(x), np.float32) if least is None else least
         kept, starts, F = self._kept(), np.zeros(len(x) + 1, np.int64), len(bias)
         # Groups first, where there are enough of them.
         size = loops.GROUP if 2 * loops.GROUP * wanted <= F else 1
         off = kept.off[: -(-F // size)]
         find = self._by_int8 if self.kind == "int8" else self._by_float32
         # Of two scores that are compared, each may be wrong by so much.
-        while (found := find(x, bias, wanted, 0.5 if wanted else 1.0, off, size, starts, kept)) < 0:
+        share = 0.5 if wanted else 1.0
+        while (found := find(x, bias, wanted, least, share, off, size, starts, kept)) < 0:
             kept.make_room(2 * len(kept.latents))
         return starts, kept.latents[:found], kept.values[:found]
 
     def _by_int8(
-        self, x: Tensor, bias: F32, wanted: int, share: float, off: F32, size: int, starts: I64, kept: Kept
-    ) -> int:
+        self, x: Tensor, bias: F32, wanted: int, least: F32, share: float, off: F32, size: int, starts: I64,
+        kept: Kept,
+    ) -> int:  # fmt: skip
         kept.bias[: len(bias)] = bias
         return loops.entries_by_int8(
-            x.numpy(), self.W_enc, self.b_enc, kept.bias, wanted, share * SIGMAS, self.shadow, self.shift,
-            self.unit, self.length, kept.tiles, kept.scores, kept.best, off, size, starts, kept.latents,
-            kept.values,
+            x.numpy(), self.W_enc, self.b_enc, kept.bias, wanted, least, share * SIGMAS, self.shadow,
+            self.shift, self.unit, self.length, kept.tiles, kept.scores, kept.best, off, size, starts,
+            kept.latents, kept.values,
         )  # fmt: skip
 
     def _by_float32(
-        self, x: Tensor, bias: F32, wanted: int, share: float, off: F32, size: int, starts: I64, kept: Kept
-    ) -> int:
+        self, x: Tensor, bias: F32, wanted: int, least: F32, share: float, off: F32, size: int, starts: I64,
+        kept: Kept,
+    ) -> int:  # fmt: skip
         weight = torch.from_numpy(self.W_enc).T
         scores, best = (torch.from_numpy(table)[: len(x)] for table in (kept.scores, kept.best))
         torch.addmm(torch.from_numpy(bias), x, weight, out=scores.flatten(1)[:, : len(bias)])
@@ -172,7 +185,7 @@ class Screen:
         scale = share * 2e-5 * x.norm(dim=1).max().item()
         loops.uncertainty(self.length, self.unit, np.float32(0), scale, size, off)
         groups = scores.numpy().swapaxes(0, 1)
-        found = loops.candidates(groups, best.numpy(), off, size, wanted, starts, kept.latents)
+        found = loops.candidates(groups, best.numpy(), off, size, wanted, least, starts, kept.latents)
         if found >= 0:
             entries = kept.latents[:found], kept.values[:found]
             loops.pre_activations(x.numpy(), self.W_enc, self.b_enc, starts, *entries)

@@ -34,6 +34,8 @@ U8 = NDArray[np.uint8]
 LANES, TILE_ROWS, GROUP = 16, 8, 32
 """Numbers in a 512-bit register; rows, and latents next to each other, whose int8 products are summed at the
 same time, each in a lane of its own."""
+LINE = 4 * LANES
+"""Bytes of a line of the cache."""
 WORD, STEP = 4, 2
 """int8 products that the processor sums in one lane at once; words of a row that a step takes: with TILE_ROWS
 rows, a line of the cache."""
@@ -205,6 +207,20 @@ def _tile(
     return types.void(*[types.intp] * 10), emit
 
 
+@intrinsic
+def _fetch(_: Any, address: Any) -> Any:
+    """Asks for the line of the cache at an address, which need not be anybody's."""
+
+    def emit(context: Any, builder: Any, _: Any, given: Any) -> Any:
+        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        prefetch = _instruction(builder, "llvm.prefetch.p0", ir.VoidType(), byte, word, word, word)
+        read, near, data = (ir.Constant(word, value) for value in (0, 3, 1))
+        builder.call(prefetch, [builder.inttoptr(given[0], byte), read, near, data])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), emit
+
+
 @_compiled
 def rough_scores(
     tiles: I32, x_unit: F32, shadow: I32, shift: I32, unit: F32, bias: F32, scores: F32, best: F32
@@ -214,15 +230,18 @@ def rough_scores(
     tiles: of x, (m / TILE_ROWS, words, TILE_ROWS), see `quantise_rows`; words is a multiple of STEP; x_unit:
     1 / its units, (m,) or more; shadow and shift: see `quantise_latents`; unit and bias: (F,), F a multiple
     of GROUP; scores: (F / GROUP, m or more, GROUP); best: the largest score of each group, (m or more, F /
-    GROUP). One group's weights stay in a core's nearest cache while all rows pass by, and scores are written
-    one after the other.
+    GROUP). One group's weights stay in a core's nearest cache while all rows pass by and the next group's are
+    on their way, and scores are written one after the other.
     """
     x, row_units, table, shifts = tiles.ctypes.data, x_unit.ctypes.data, shadow.ctypes.data, shift.ctypes.data
     units, biases, out, tops = unit.ctypes.data, bias.ctypes.data, scores.ctypes.data, best.ctypes.data
+    lines = shadow.strides[0] // LINE
     for g in range(len(shadow)):
         j = 4 * g * GROUP
         for t in range(len(tiles)):
             i = t * TILE_ROWS
+            for line in range(lines * t // len(tiles), lines * (t + 1) // len(tiles)):
+                _fetch(table + (g + 1) * shadow.strides[0] + line * LINE)  # pyright: ignore[reportCallIssue]
             _tile(  # pyright: ignore[reportCallIssue]
                 x + t * tiles.strides[0], shadow.shape[1], row_units + 4 * i, table + g * shadow.strides[0],
                 shifts + j, units + j, biases + j, out + g * scores.strides[0] + i * scores.strides[1],
@@ -390,15 +409,16 @@ def uncertainty(length: F32, unit: F32, ratio: np.float32, scale: float, size: i
 
 @_compiled
 def candidates(
-    scores: F32, best: F32, off: F32, size: int, wanted: int, starts: I64, latents: I32
+    scores: F32, best: F32, off: F32, size: int, wanted: int, least: F32, starts: I64, latents: I32
 ) -> int:  # fmt: skip
-    """Latents that may be among the `wanted` largest of each row, or that may exceed 0 where `wanted` is 0.
+    """Latents that may be among the `wanted` largest of each row, or that may reach `least` where that is 0.
 
     scores: rough pre-activations, (F / GROUP, m, GROUP), lanes next to each other; best: the largest of each
-    group, (m, F / GROUP); size: how many latents are first looked at as one, GROUP or 1; off: how much a
-    score of those may be wrong; what is beyond its length is not looked at. Written row after row into
-    latents, row i's at starts[i]:starts[i + 1], from starts[0] on. Returns where the last end, or −1 without
-    room. What the best of as many groups reach as are wanted, at least as many latents surely reach.
+    group, (m, F / GROUP); least: (m,), in the scores' units; size: how many latents are first looked at as
+    one, GROUP or 1; off: how much a score of those may be wrong; what is beyond its length is not looked at.
+    Written row after row into latents, row i's at starts[i]:starts[i + 1], from starts[0] on. Returns where
+    the last end, or −1 without room. What the best of as many groups reach as are wanted, at least as many
+    latents surely reach.
     """
     groups = len(off)
     surely, near = np.empty(groups, np.float32), np.empty(groups + LANES, np.int32)
@@ -411,7 +431,7 @@ def candidates(
             top = best[i, g] if size > 1 else scores[g // GROUP, i, g % GROUP]
             surely[g] = top - off[g]
             perhaps[g] = top + off[g]
-        bar = _bar(surely, wanted) if wanted else np.float32(0)
+        bar = _bar(surely, wanted) if wanted else least[i]
         bar -= np.float32(1e-6) * abs(bar)  # a score may be rounded in two ways
         many = 0
         for g in range(0, groups, LANES):
@@ -468,12 +488,12 @@ def pre_activations(x: F32, W: F32, bias: F32, starts: I64, latents: I32, out: F
 
 @_compiled
 def entries_by_int8(
-    x: F32, W: F32, b_enc: F32, bias: F32, wanted: int, sigmas: float, shadow: I32, shift: I32, unit: F32,
-    length: F32, tiles: I32, scores: F32, best: F32, off: F32, size: int, starts: I64, latents: I32,
-    values: F32,
+    x: F32, W: F32, b_enc: F32, bias: F32, wanted: int, least: F32, sigmas: float, shadow: I32, shift: I32,
+    unit: F32, length: F32, tiles: I32, scores: F32, best: F32, off: F32, size: int, starts: I64,
+    latents: I32, values: F32,
 ) -> int:  # fmt: skip
-    """Latents that may be among the `wanted` largest of each row of x Wᵀ + bias, or exceed 0 there where
-    `wanted` is 0, found by an int8 product; values: their x · W[latent] + b_enc[latent], exact.
+    """Latents that may be among the `wanted` largest of each row of x Wᵀ + bias, or reach `least` (m,) there
+    where `wanted` is 0, found by an int8 product; values: their x · W[latent] + b_enc[latent], exact.
 
     x: (m, d), as many rows at a time as scores has, so that these stay near the core; W: (F, d); b_enc: (F,);
     bias: F numbers and −∞ for the rest of a group; sigmas: standard errors that a score may be wrong by;
@@ -497,8 +517,8 @@ def entries_by_int8(
         # Rounding to units of u is off by u/√12; errors of a product add up like independent ones. In units
         # of the row, for the row that is longest in its own.
         uncertainty(length, unit, ratio, sigmas / np.sqrt(12.0), size, off)
-        mine = starts[begin : begin + m + 1]
-        if candidates(scores, best, off, size, wanted, mine, latents) < 0:
+        mine, bars = starts[begin : begin + m + 1], least[begin : begin + m] * x_unit[:m]
+        if candidates(scores, best, off, size, wanted, bars, mine, latents) < 0:
             return -1
         pre_activations(part, W, b_enc, mine, latents, values)
     return starts[len(x)]
@@ -528,6 +548,19 @@ def best_entries(starts: I64, latents: I32, keys: F32, chosen: I32, values: F32)
         else:  # ties, or NaN
             _partition(mine, row, 0, len(mine), k)
             chosen[i], values[i] = row[:k], mine[:k]
+
+
+@_compiled
+def improve(starts: I64, latents: I32, keys: F32, first: int, chosen: I32, values: F32) -> None:
+    """Let the entries of each row compete with what it has: chosen and values (n, k), of which none may be
+    the same latent as an entry. Latents are numbered from `first`. Rows that hold NaN stay as they are.
+    """
+    for i in range(len(chosen)):
+        least = np.argmin(values[i])
+        for e in range(starts[i], starts[i + 1]):
+            if keys[e] > values[i, least]:
+                chosen[i, least], values[i, least] = first + latents[e], keys[e]
+                least = np.argmin(values[i])
 
 
 @_compiled
