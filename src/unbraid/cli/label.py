@@ -37,34 +37,6 @@ BUSIEST = 20
 
 
 @dataclass(frozen=True)
-class LLMOptions:
-    """An OpenAI-compatible endpoint for --explainer llm and --judge llm."""
-
-    base_url: str = ""
-    """Address of the endpoint, such as http://localhost:8000/v1."""
-    model_name: str = ""
-    """The language model's name there."""
-    key_env: str = "OPENAI_API_KEY"
-    """Environment variable that holds the key."""
-    concurrency: int = 8
-    """Calls at the same time."""
-    timeout: float = 60.0
-    """Seconds to wait for one reply."""
-    attempts: int = 6
-    """How often a call is tried before the run stops."""
-    max_tokens: int = 400
-    """Longest reply, in tokens."""
-    price_in: float | None = None
-    """Price of a million tokens read, for the cost that is shown."""
-    price_out: float | None = None
-    """Price of a million tokens written."""
-    budget: float | None = None
-    """Stop before more than this would be spent; needs both prices."""
-    calls: Path | None = None
-    """File in which replies are kept; beside the labels when left out."""
-
-
-@dataclass(frozen=True)
 class Options:
     """Which latents to label and how, or what to do with the labels that there are."""
 
@@ -91,8 +63,10 @@ class Options:
     """Where the model runs: cpu, cuda, …"""
     contexts: Annotated[ContextConfig, tyro.conf.arg(name="")] = field(default_factory=ContextConfig)
     """How much text a label is made of and scored on."""
-    llm: Annotated[LLMOptions, tyro.conf.arg(name="")] = field(default_factory=LLMOptions)
-    """The language model."""
+    llm: Annotated[EndpointConfig, tyro.conf.arg(name="")] = field(default_factory=EndpointConfig)
+    """An OpenAI-compatible endpoint for --explainer llm and --judge llm."""
+    calls: Path | None = None
+    """File in which the language model's replies are kept; beside the labels when left out."""
     yes: bool = False
     """Do not ask before calls that cost something."""
     queue: bool = False
@@ -216,11 +190,9 @@ def _contexts(options: Options, index: Index) -> Contexts:
 
 
 def _llm(options: Options, labels: Labels) -> LLM:
-    given = {name: value for name, value in vars(options.llm).items() if name not in ("calls", "model_name")}
-    config = EndpointConfig(model=options.llm.model_name, **given)
-    path = options.llm.calls or labels_path(options.index).with_suffix(".calls.sqlite")
+    path = options.calls or labels_path(options.index).with_suffix(".calls.sqlite")
     with shown("ask", "calls") as progress:
-        return LLM(Endpoint(config, Calls(path)), progress)
+        return LLM(Endpoint(options.llm, Calls(path)), progress)
 
 
 def _cost(options: Options, contexts: Contexts, latents: Sequence[int], llm: LLM) -> None:
