@@ -18,6 +18,7 @@ from rich.text import Text
 from unbraid.cli.progress import shown
 from unbraid.cli.saes import both_of
 from unbraid.features.embedding import open_embedder
+from unbraid.features.exchange.neuronpedia import import_labels
 from unbraid.features.labels.calls import Calls
 from unbraid.features.labels.contexts import ContextConfig, Contexts
 from unbraid.features.labels.embedding import Embed
@@ -90,7 +91,13 @@ class Options:
     export: Path | None = None
     """Write all labels, reviews and lists as JSON Lines."""
     import_: Annotated[Path | None, tyro.conf.arg(name="import")] = None
-    """Add the lines of an export that are not here yet."""
+    """Add what a file holds that is not here yet: lines of --export, or Neuronpedia's explanations, in a file
+    or a folder."""
+    format: Literal["unbraid", "neuronpedia"] = "unbraid"
+    """Who wrote what --import reads."""
+    source: str = ""
+    """Neuronpedia's name of this SAE, such as 20-res-16k, where an import holds those of others, too, or of
+    another layer."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -99,11 +106,11 @@ def run(options: Options) -> None:
     """Label, or look at labels and decide about them."""
     index = Index(options.index)
     labels = Labels.of_index(index)
-    if not _reviewed(options, labels):
+    if not _reviewed(options, index, labels):
         _label(options, index, labels)
 
 
-def _reviewed(options: Options, labels: Labels) -> bool:
+def _reviewed(options: Options, index: Index, labels: Labels) -> bool:
     """Do what concerns labels that exist; False where new ones are asked for."""
     by = options.by or getpass.getuser()
     decisions = {"accepted": options.accept, "rejected": options.reject, "needs work": options.needs_work}
@@ -114,7 +121,10 @@ def _reviewed(options: Options, labels: Labels) -> bool:
         if len(options.latents) != 1:
             raise UserError("--propose is about one latent; name it with --latents")
         _print(options, labels.propose(options.latents[0], options.propose, by=by, kind="person"))
-    if options.import_ is not None:
+    if options.import_ is not None and options.format == "neuronpedia":
+        added = import_labels(options.import_, labels, index, source=options.source)
+        print(f"{labels.path}: {added:,} labels proposed")
+    elif options.import_ is not None:
         print(f"{labels.path}: {labels.load(options.import_):,} lines added")
     if options.export is not None:
         print(f"{options.export}: {labels.export(options.export):,} lines")
