@@ -18,7 +18,7 @@ from .conftest import World
 
 pytest.importorskip("playwright", reason="playwright is not installed")
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
              "--disable-component-update", "--disable-sync"]  # fmt: skip
@@ -185,6 +185,25 @@ def test_examples_can_be_stacked_widened_expanded_and_regrouped(page: Page, worl
     page.reload()  # what was chosen stays
     expect(page.locator("input[value=quantile]")).to_be_checked()
     expect(page.locator("input[name=breaks]")).to_be_checked()
+
+
+def test_what_is_not_known_far_from_an_example_is_grey_and_said_to_be(page: Page, world: World) -> None:
+    def colour(locator: Locator) -> str:
+        return locator.evaluate("e => getComputedStyle(e).color")
+
+    opened(page, f"{world.base}/latents/8")  # its examples are in the first half of a passage of 44 tokens
+    first, beyond = page.locator(".group.top .example").nth(0), page.locator(".beyond")
+    expect(beyond).to_be_hidden()
+    page.check("input[value=full]")
+    expect(first.locator(".full .t")).to_have_count(44)
+    known, unknown = first.locator(".full .t[data-v]"), first.locator(".full .t:not([data-v])")
+    assert known.count() > 0 and unknown.count() > 0
+    expect(beyond).to_have_text(re.compile("^Grey tokens lie more than 3 tokens from an example: "))
+    assert colour(unknown.last) == colour(beyond) != colour(known.first)
+    page.check("input[value=snippet]")
+    expect(beyond).to_be_hidden()
+    first.locator(".expand").click()
+    expect(beyond).to_be_visible()
 
 
 def test_searching_and_going_places(page: Page, world: World) -> None:
