@@ -128,7 +128,7 @@ class Generator:
                 folder, kind="index", command="", seed=0,
                 inputs={"sae": SAE_ID, "model": "", "tokenizer": "", "documents": ""},
                 facts={"layout": LAYOUT, "site": "", "model_name": "", "d_sae": latents, "tokens": TOKENS,
-                       "strata": [], "config": {"quantiles": 10, "per_group": 5}},
+                       "strata": [], "config": {"quantiles": 10, "per_group": 5, "window": 16}},
             )  # fmt: skip
         return Index(out)
 

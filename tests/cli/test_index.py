@@ -74,6 +74,16 @@ def test_an_index_is_appended_to_and_looks_beside_itself(words: list[str], tmp_p
     assert new.manifest.inputs["index"] == old.manifest.id
 
 
+def test_progress_counts_tokens_as_tokens_and_latents_as_latents(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words, "--tokens", "40", "--out", str(tmp_path / "out")]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("index: ")]
+    assert any(line.startswith("index: 16/16 latents ") for line in lines)
+    counted = [line for line in lines if " tokens" in line]
+    assert counted and all("/40 tokens (" in line and "latents" not in line for line in counted)
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

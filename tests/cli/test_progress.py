@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from unbraid.cli.progress import Lines, duration, shown
+from unbraid.cli.progress import Lines, duration, shown, stages
 
 
 def test_plain_lines_come_seldom_and_say_rate_and_time_left() -> None:
@@ -47,6 +47,20 @@ def test_without_a_terminal_stdout_stays_clean(capsys) -> None:
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.splitlines()[-1].startswith("train: 2/2 steps (100 %)")
+
+
+def test_each_stage_is_counted_in_its_own_unit(capsys: pytest.CaptureFixture[str]) -> None:
+    with stages("index") as progress:
+        for done in (100, 200):
+            progress(done, 200, "tokens")
+        for done in (8, 16):
+            progress(done, 16, "latents")
+    lines = [line.partition(")")[0] for line in capsys.readouterr().err.splitlines()]
+    # The first line of each stage and its last one.
+    assert lines == [
+        "index: 100/200 tokens (50 %", "index: 200/200 tokens (100 %",
+        "index: 8/16 latents (50 %", "index: 16/16 latents (100 %",
+    ]  # fmt: skip
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")

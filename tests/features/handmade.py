@@ -94,7 +94,7 @@ def handmade(
                 "d_sae": len(latents),
                 "tokens": tokens,
                 "strata": [],
-                "config": {"quantiles": 4, "per_group": 2},
+                "config": {"quantiles": 4, "per_group": 2, "window": REACH},
             },
         )
     return Index(out)

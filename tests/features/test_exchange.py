@@ -164,6 +164,9 @@ def test_delphi_of_a_part(real: Index, sae: SAE, lm: LanguageModel, tmp_path: Pa
 
 # Labels from others.
 
+OURS = {"modelId": "gemma-2-2b", "layer": "1-res-3"}
+OTHERS = {"modelId": "gemma-2-2b", "layer": "20-gemmascope-res-16k"}
+
 
 def _file(path: Path, records: list[Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -171,21 +174,23 @@ def _file(path: Path, records: list[Any]) -> Path:
     return path
 
 
-def test_explanations_become_proposed_labels_once(tmp_path: Path) -> None:
+def test_explanations_become_proposed_labels_once(index: Index, tmp_path: Path) -> None:
     records = [
-        {"index": "2", "description": " red things ", "authorId": "x", "typeName": "oai_token-act-pair",
-         "explanationModelName": "gpt-4o"},
-        {"index": "0", "description": "<script>alert(1)</script>", "authorId": None},
+        {**OURS, "index": "2", "description": " red  things ", "authorId": "x",
+         "typeName": "oai_token-act-pair", "explanationModelName": "gpt-4o"},
+        {**OURS, "index": "0", "description": "<script>alert(1)</script>", "authorId": None},
     ]  # fmt: skip
     _file(tmp_path / "export" / "explanations" / "batch-0.jsonl.gz", records)
-    _file(tmp_path / "export" / "explanations" / "batch-1.jsonl.gz", [{"index": 1, "description": "e"}])
+    _file(
+        tmp_path / "export" / "explanations" / "batch-1.jsonl.gz", [{**OURS, "index": 1, "description": "e"}]
+    )
     labels = Labels(tmp_path / "labels.sqlite", "an autoencoder")
-    assert import_labels(tmp_path / "export", labels, 3) == 3
+    assert import_labels(tmp_path / "export", labels, index) == 3
     (label,) = labels.of(2)
     assert (label.text, label.by, label.kind, label.model, label.status) == (
         "red things", "neuronpedia:x", "oai_token-act-pair", "gpt-4o", "proposed",
     )  # fmt: skip
-    assert import_labels(tmp_path / "export" / "explanations", labels, 3) == 0
+    assert import_labels(tmp_path / "export" / "explanations", labels, index) == 0
 
 
 def test_labels_come_back_from_our_own_export(index: Index, tmp_path: Path) -> None:
@@ -193,36 +198,87 @@ def test_labels_come_back_from_our_own_export(index: Index, tmp_path: Path) -> N
     labels.propose(1, "pans", by="me", kind="manual", model="m")
     folder = neuronpedia.export(index, tmp_path / "np", NAMES, labels=labels)
     other = Labels(tmp_path / "other.sqlite", "an autoencoder")
-    assert import_labels(folder, other, 3) == 1
+    assert import_labels(folder, other, index) == 1
     assert (other.of(1)[0].text, other.of(1)[0].kind, other.of(1)[0].model) == ("pans", "manual", "m")
 
 
 @pytest.mark.parametrize(
-    ("record", "message"),
+    ("line", "message"),
     [
-        ({"index": "3", "description": "x"}, "of latent 3"),
-        ({"index": "-1", "description": "x"}, "of latent -1"),
-        ({"index": "x", "description": "x"}, "line 1 is no explanation"),
-        ({"index": "1"}, "line 1 is no explanation"),
-        ({"index": "1", "description": ""}, "description is empty"),
-        ({"index": "1", "description": ["x"]}, "have to be text"),
-        ({"index": "1", "description": "x", "authorId": 3}, "have to be text"),
-        (["x"], "line 1 is no explanation"),
+        ({**OURS, "index": "3", "description": "x"}, "line 2 is of latent 3"),
+        ({**OURS, "index": "-1", "description": "x"}, "line 2 is of latent -1"),
+        ({**OURS, "index": "x", "description": "x"}, "line 2 is no explanation"),
+        ({**OURS, "index": "1"}, "line 2 is no explanation"),
+        ({**OURS, "index": "1", "description": ""}, "line 2: the label is empty"),
+        ({**OURS, "index": "1", "description": "x" * 501}, "line 2: the label has 501 characters"),
+        ({**OURS, "index": "1", "description": ["x"]}, "have to be text"),
+        ({**OURS, "index": "1", "description": "x", "authorId": 3}, "have to be text"),
+        ({"index": "1", "description": "x"}, "line 2 is no explanation: the field layer"),
+        (["x"], "line 2 is no explanation"),
+        ('{"modelId": "gemma-2-2b", "layer": "1-r', "JSON Lines, or is damaged, at line 2"),
+        ("[" * 100_000, "JSON Lines, or is damaged, at line 2"),
     ],
 )
-def test_what_is_no_explanation_is_named_and_nothing_is_added(
-    tmp_path: Path, record: Any, message: str
+def test_a_broken_line_is_named_and_nothing_is_added(
+    index: Index, tmp_path: Path, line: Any, message: str
 ) -> None:
-    path = _file(tmp_path / "explanations" / "batch-0.jsonl.gz", [record])
+    good = json.dumps({**OURS, "index": "1", "description": "fine"})
+    text = f"{good}\n{line if isinstance(line, str) else json.dumps(line)}\n"
+    path = tmp_path / "batch-0.jsonl"
+    path.write_text(text)
     labels = Labels(tmp_path / "labels.sqlite", "an autoencoder")
-    with pytest.raises(UserError, match=message):
-        import_labels(tmp_path, labels, 3)
+    with pytest.raises(UserError, match=f"batch-0.jsonl.*{message}"):
+        import_labels(path, labels, index)
+    assert not labels.path.exists()
+
+
+def test_a_file_that_holds_none_is_named(index: Index, tmp_path: Path) -> None:
+    labels = Labels(tmp_path / "labels.sqlite", "an autoencoder")
+    path = _file(tmp_path / "explanations" / "batch-0.jsonl.gz", [])
+    with pytest.raises(UserError, match="holds explanations of nothing"):
+        import_labels(tmp_path, labels, index)
     path.write_bytes(b"no gzip")
     with pytest.raises(UserError, match="is no file of JSON Lines"):
-        import_labels(path, labels, 3)
+        import_labels(path, labels, index)
     with pytest.raises(UserError, match="holds no explanations"):
-        import_labels(tmp_path / "nowhere", labels, 3)
+        import_labels(tmp_path / "nowhere", labels, index)
+
+
+def test_labels_of_another_source_are_refused_unless_they_are_meant(
+    index: Index, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*more: str) -> str:
+        words = ["label", "--index", str(index.folder), "--format", "neuronpedia", "--import", *more]
+        code = main(words)
+        out, err = capsys.readouterr()
+        return f"{code}: {out}{err}"
+
+    other = _file(tmp_path / "other.jsonl.gz", [{**OTHERS, "index": "1", "description": "pans"}])
+    mixed = _file(
+        tmp_path / "mixed.jsonl.gz",
+        [{**OURS, "index": "1", "description": "red"}, {**OTHERS, "index": "9", "description": "no"}],
+    )
+    models = _file(
+        tmp_path / "models.jsonl.gz",
+        [
+            {**OURS, "index": "1", "description": "red"},
+            {**OURS, "modelId": "b", "index": "2", "description": "c"},
+        ],
+    )
+    refused = said(str(other))
+    assert refused.startswith("2:") and "explains the source 20-gemmascope-res-16k" in refused
+    assert "layers.1.resid_post" in refused and "--source 20-gemmascope-res-16k" in refused
+    refused = said(str(mixed))
+    assert refused.startswith("2:") and "1-res-3 of gemma-2-2b, 20-gemmascope-res-16k" in refused
+    assert said(str(models), "--source", "1-res-3").startswith("2:")
+    assert said(str(mixed), "--source", "2-res-3").startswith("2:")
+    labels = Labels.of_index(index)
     assert not labels.path.exists()
+    assert "1 labels proposed" in said(str(mixed), "--source", "1-res-3")
+    assert "1 labels proposed" in said(str(other), "--source", "20-gemmascope-res-16k")
+    assert "0 labels proposed" in said(str(other), "--source", "20-gemmascope-res-16k")
+    assert sorted(label.text for label in labels.of(1)) == ["pans", "red"]
+    labels.path.unlink()
 
 
 def test_export_from_the_command_line(

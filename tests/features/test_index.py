@@ -65,6 +65,29 @@ def _codes(
     return found
 
 
+@pytest.mark.parametrize("part", [40, 1 << 21])
+@pytest.mark.parametrize("d_sae", [8, 700])  # a few row groups of each table, or one that is not full
+def test_the_model_reads_every_window_once_however_many_latents_and_parts(
+    d_sae: int, part: int, lm: LanguageModel, documents: list[Document], tmp_path: Path
+) -> None:
+    read: list[tuple[int, ...]] = []
+
+    def seen(_module: object, _args: object, given: dict[str, torch.Tensor]) -> None:
+        for ids, mask in zip(given["input_ids"], given["attention_mask"].bool(), strict=True):
+            read.append(tuple(ids[mask].tolist()))
+
+    sae = build(SAEConfig("topk", lm.d_in, d_sae, k=4, site="layers.1.resid_post", model_id=lm.id))
+    hook = lm.layout.decoder.register_forward_pre_hook(seen, with_kwargs=True)
+    try:
+        index = build_index(sae, lm, documents, replace(CONFIG, part=part), tmp_path / "index", sae_id="one")
+    finally:
+        hook.remove()
+    every = [window for document in documents for window in windows(lm, document, CONFIG.context)]
+    wanted = [tuple(window.input_ids) for window in every if window.captured("all").any()]
+    assert sorted(read) == sorted(wanted)
+    assert (len(index.passages.numbers) > 20) == (part == 40)
+
+
 def test_counts_and_extremes_are_exact(
     index: Index, sae: SAE, lm: LanguageModel, documents: list[Document]
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 from unbraid.cli.progress import shown
 from unbraid.cli.saes import both_of, sae_of
 from unbraid.features.exchange import delphi, neuronpedia, saedashboard
-from unbraid.features.exchange.neuronpedia import Names
+from unbraid.features.exchange.neuronpedia import Names, layer_of
 from unbraid.features.labels.store import Labels
 from unbraid.features.page import Index
 from unbraid.manifest.errors import UserError
@@ -73,7 +73,6 @@ def _layer(options: Options, index: Index) -> int:
     if options.layer is not None:
         return options.layer
     site = str(index.manifest.facts["site"])
-    numbers = [int(part) for part in site.split(".") if part.isdecimal()]
-    if not numbers:
+    if (number := layer_of(site)) is None:
         raise UserError(f"the site {site} names no layer; say which with --layer")
-    return numbers[0]
+    return number

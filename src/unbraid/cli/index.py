@@ -11,7 +11,7 @@ import tyro
 
 from unbraid.activations.documents import read_documents
 from unbraid.cli.models import open_model
-from unbraid.cli.progress import shown
+from unbraid.cli.progress import stages
 from unbraid.cli.saes import open_sae, this_command
 from unbraid.features.index import IndexConfig, Share, build_index
 from unbraid.features.merging import merge_indexes
@@ -76,7 +76,7 @@ def _merged(options: Options) -> Index:
         raise UserError(
             "--merge takes everything from the shares; leave out --sae, --model, --text and --append"
         )
-    with shown("merge", "shares") as progress:
+    with stages("merge") as progress:
         return merge_indexes(
             [Index(folder) for folder in options.merge],
             options.out,
@@ -97,7 +97,7 @@ def _built(options: Options) -> Index:
     paths = {"sae": options.sae, "documents": options.text}
     if Path(options.model).is_dir():
         paths["model"] = Path(options.model)
-    with shown("index", "tokens") as progress:
+    with stages("index") as progress:
         return build_index(
             sae.to(lm.device),
             lm,

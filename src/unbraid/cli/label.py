@@ -18,6 +18,7 @@ from rich.text import Text
 from unbraid.cli.progress import shown
 from unbraid.cli.saes import both_of
 from unbraid.features.embedding import open_embedder
+from unbraid.features.exchange.neuronpedia import import_labels
 from unbraid.features.labels.calls import Calls
 from unbraid.features.labels.contexts import ContextConfig, Contexts
 from unbraid.features.labels.embedding import Embed
@@ -34,34 +35,6 @@ from unbraid.manifest.files import write_text
 
 BUSIEST = 20
 """Latents that are labelled when nobody names any."""
-
-
-@dataclass(frozen=True)
-class LLMOptions:
-    """An OpenAI-compatible endpoint for --explainer llm and --judge llm."""
-
-    base_url: str = ""
-    """Address of the endpoint, such as http://localhost:8000/v1."""
-    model_name: str = ""
-    """The language model's name there."""
-    key_env: str = "OPENAI_API_KEY"
-    """Environment variable that holds the key."""
-    concurrency: int = 8
-    """Calls at the same time."""
-    timeout: float = 60.0
-    """Seconds to wait for one reply."""
-    attempts: int = 6
-    """How often a call is tried before the run stops."""
-    max_tokens: int = 400
-    """Longest reply, in tokens."""
-    price_in: float | None = None
-    """Price of a million tokens read, for the cost that is shown."""
-    price_out: float | None = None
-    """Price of a million tokens written."""
-    budget: float | None = None
-    """Stop before more than this would be spent; needs both prices."""
-    calls: Path | None = None
-    """File in which replies are kept; beside the labels when left out."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +64,10 @@ class Options:
     """Where the model runs: cpu, cuda, …"""
     contexts: Annotated[ContextConfig, tyro.conf.arg(name="")] = field(default_factory=ContextConfig)
     """How much text a label is made of and scored on."""
-    llm: Annotated[LLMOptions, tyro.conf.arg(name="")] = field(default_factory=LLMOptions)
-    """The language model."""
+    llm: Annotated[EndpointConfig, tyro.conf.arg(name="")] = field(default_factory=EndpointConfig)
+    """An OpenAI-compatible endpoint for --explainer llm and --judge llm."""
+    calls: Path | None = None
+    """File in which the language model's replies are kept; beside the labels when left out."""
     yes: bool = False
     """Do not ask before calls that cost something."""
     queue: bool = False
@@ -116,7 +91,13 @@ class Options:
     export: Path | None = None
     """Write all labels, reviews and lists as JSON Lines."""
     import_: Annotated[Path | None, tyro.conf.arg(name="import")] = None
-    """Add the lines of an export that are not here yet."""
+    """Add what a file holds that is not here yet: lines of --export, or Neuronpedia's explanations, in a file
+    or a folder."""
+    format: Literal["unbraid", "neuronpedia"] = "unbraid"
+    """Who wrote what --import reads."""
+    source: str = ""
+    """Neuronpedia's name of this SAE, such as 20-res-16k, where an import holds those of others, too, or of
+    another layer."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -125,11 +106,11 @@ def run(options: Options) -> None:
     """Label, or look at labels and decide about them."""
     index = Index(options.index)
     labels = Labels.of_index(index)
-    if not _reviewed(options, labels):
+    if not _reviewed(options, index, labels):
         _label(options, index, labels)
 
 
-def _reviewed(options: Options, labels: Labels) -> bool:
+def _reviewed(options: Options, index: Index, labels: Labels) -> bool:
     """Do what concerns labels that exist; False where new ones are asked for."""
     by = options.by or getpass.getuser()
     decisions = {"accepted": options.accept, "rejected": options.reject, "needs work": options.needs_work}
@@ -140,7 +121,10 @@ def _reviewed(options: Options, labels: Labels) -> bool:
         if len(options.latents) != 1:
             raise UserError("--propose is about one latent; name it with --latents")
         _print(options, labels.propose(options.latents[0], options.propose, by=by, kind="person"))
-    if options.import_ is not None:
+    if options.import_ is not None and options.format == "neuronpedia":
+        added = import_labels(options.import_, labels, index, source=options.source)
+        print(f"{labels.path}: {added:,} labels proposed")
+    elif options.import_ is not None:
         print(f"{labels.path}: {labels.load(options.import_):,} lines added")
     if options.export is not None:
         print(f"{options.export}: {labels.export(options.export):,} lines")
@@ -216,11 +200,9 @@ def _contexts(options: Options, index: Index) -> Contexts:
 
 
 def _llm(options: Options, labels: Labels) -> LLM:
-    given = {name: value for name, value in vars(options.llm).items() if name not in ("calls", "model_name")}
-    config = EndpointConfig(model=options.llm.model_name, **given)
-    path = options.llm.calls or labels_path(options.index).with_suffix(".calls.sqlite")
+    path = options.calls or labels_path(options.index).with_suffix(".calls.sqlite")
     with shown("ask", "calls") as progress:
-        return LLM(Endpoint(config, Calls(path)), progress)
+        return LLM(Endpoint(options.llm, Calls(path)), progress)
 
 
 def _cost(options: Options, contexts: Contexts, latents: Sequence[int], llm: LLM) -> None:

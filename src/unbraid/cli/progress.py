@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TextIO
 
 from unbraid.manifest.progress import Progress
@@ -25,6 +25,25 @@ def shown(title: str, unit: str = "") -> Generator[Progress, None, None]:
             yield progress
     else:
         yield Lines(title, unit)
+
+
+@contextmanager
+def stages(title: str) -> Generator[Progress, None, None]:
+    """As `shown`, for work in stages that count different things: the note of a report is its unit.
+
+    Each stage has a bar, a rate and a time left of its own.
+    """
+    with ExitStack() as stack:
+        unit, progress = "", None
+
+        def report(done: int, total: int, note: str = "") -> None:
+            nonlocal unit, progress
+            if progress is None or note != unit:
+                stack.close()  # a terminal shows one bar at a time
+                unit, progress = note, stack.enter_context(shown(title, note))
+            progress(done, total)
+
+        yield report
 
 
 class Lines:

@@ -31,6 +31,9 @@ class Options:
     """Folder of the SAE, where it is not where the index says."""
     wider: Path | None = None
     """Folder of a wider SAE of the same site, in which latents may have been split."""
+    wider_index: Path | None = None
+    """An index of a wider SAE over the same text, whose latents that fire almost only where one of this index
+    does are its parts."""
     config: Annotated[StructureConfig, tyro.conf.arg(name="")] = field(default_factory=StructureConfig)
     """What counts as what."""
     json: bool = False
@@ -47,7 +50,15 @@ def run(options: Options) -> None:
         place = source.weights.parent
         identity = check_files(place).id if (place / MANIFEST).is_file() else sha256_file(source.weights)
         wider = Wider(source.load(), identity)
-    made = build_structure(index, sae, options.out, options.config, wider=wider, command=this_command())
+    made = build_structure(
+        index,
+        sae,
+        options.out,
+        options.config,
+        wider=wider,
+        wider_index=None if options.wider_index is None else Index(options.wider_index),
+        command=this_command(),
+    )
     facts = made.manifest.facts
     if options.json:
         print(json.dumps({"id": made.manifest.id, **facts}, indent=2, allow_nan=False))
@@ -68,4 +79,7 @@ def show(made: Structure, console: Console) -> None:
     table.add_row("antonyms", "not searched, too wide" if pairs is None else f"{pairs:,}")
     if "wider" in made.manifest.inputs:
         table.add_row("parts in the wider SAE", f"{made.table('children').num_rows:,}")
+    if (firing := facts["contained"]) is not None:
+        table.add_row("parts in the wider index, by firing", f"{firing['parts']:,}")
+        table.add_row("latents with two parts or more there", f"{firing['split']:,}")
     console.print(table)

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from unbraid.features.page import Index
 from unbraid.features.structure_clusters import Clustering, cluster
+from unbraid.features.structure_contained import Part, contained
 from unbraid.features.structure_geometry import antonyms, children, map_of
 from unbraid.features.structure_kinds import Kinds, kinds_of
 from unbraid.manifest.errors import UserError
@@ -38,7 +39,11 @@ class StructureConfig:
     child: float = 0.5
     """Decoder cosine from which on up a latent of a wider autoencoder may be a part of one."""
     children: int = 10
-    """Parts listed of each latent at most."""
+    """Parts listed of each latent at most, by direction and by firing."""
+    contained: float = 0.8
+    """Share of the firings of a part that lie within the whole at least, at the lower end of its interval."""
+    support: int = 20
+    """Sampled tokens that a part fires on at least."""
     compared: int = 200_000
     """Wider decoders are not compared with themselves for antonyms: that takes width² · d_in steps."""
     spread: int = 12_000
@@ -51,6 +56,8 @@ class StructureConfig:
             raise UserError("levels must rise and lie between 0 and 1")
         if not -1 <= self.antonym < 0 or not 0 < self.child <= 1:
             raise UserError("antonym must lie between -1 and 0, and child between 0 and 1")
+        if not 0 < self.contained < 1 or self.support < 1:
+            raise UserError("contained must lie between 0 and 1, and support be at least 1")
 
 
 @dataclass(frozen=True)
@@ -70,12 +77,14 @@ def build_structure(
     config: StructureConfig | None = None,
     *,
     wider: Wider | None = None,
+    wider_index: Index | None = None,
     command: str = "",
 ) -> Structure:
     """Write the structure of an index's latents to the folder `out`.
 
-    Raises UserError when `out` exists, when the autoencoder is not as wide as the index, or when the wider
-    one does not write to the same space.
+    With `wider` parts are found by direction, with `wider_index`, of the same text, by where they fire.
+    Raises UserError when `out` exists, when the autoencoder is not as wide as the index, when the wider one
+    does not write to the same space, or when the other index is not of the same tokens.
     """
     config = config or StructureConfig()
     if sae.config.d_sae != index.d_sae:
@@ -106,6 +115,11 @@ def build_structure(
         split = [] if wider is None else children(sae, wider.sae, config.child, config.children)
         pq.write_table(pa.Table.from_pylist(split, _CHILDREN), folder / "children.parquet")
         inputs = {"index": index.manifest.id, "sae": index.manifest.inputs["sae"]}
+        paths, firing = {"index": index.folder}, None
+        if wider_index is not None:
+            firing = _write_contained(folder, index, wider_index, config)
+            inputs[WIDER_INDEX] = wider_index.manifest.id
+            paths[WIDER_INDEX] = wider_index.folder
         write_manifest(
             folder,
             kind="structure",
@@ -118,18 +132,33 @@ def build_structure(
                 "map": how,
                 "antonyms": None if opposite is None else len(opposite),
                 "largest_piece": clustering.largest,
+                "contained": firing,
                 "config": asdict(config),
             },
-            paths={"index": index.folder},
+            paths=paths,
         )
     return Structure(out)
 
 
+WIDER_INDEX = "wider index"
 KINDS = ("dead", "dense", "position-bound", "single-token")
 _ANTONYMS = pa.schema(
     {"a": pa.int32(), "b": pa.int32(), "cosine": pa.float32(), "tokens": pa.list_(pa.string())}
 )
 _CHILDREN = pa.schema({"latent": pa.int32(), "rank": pa.int16(), "child": pa.int32(), "cosine": pa.float32()})
+_CONTAINED = pa.schema(
+    {
+        "latent": pa.int32(),
+        "rank": pa.int16(),
+        "child": pa.int32(),
+        "together": pa.int64(),
+        "firings": pa.int64(),
+        "own": pa.int64(),
+        "share": pa.float64(),
+        "low": pa.float64(),
+        "high": pa.float64(),
+    }
+)
 _CLUSTERS = pa.schema(
     {
         "level": pa.int8(),
@@ -139,6 +168,24 @@ _CLUSTERS = pa.schema(
         "tokens": pa.list_(pa.string()),
     }
 )
+
+
+def _write_contained(folder: Path, index: Index, wider: Index, config: StructureConfig) -> dict[str, int]:
+    """The table contained; returns how many tokens were compared, and how many latents have several parts."""
+    found, tokens = contained(
+        index, wider, bar=config.contained, support=config.support, dense=config.kinds.dense
+    )
+    rows = [
+        {"latent": latent, "rank": rank, **vars(part)}
+        for latent in sorted(found)
+        for rank, part in enumerate(found[latent][: config.children])
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, _CONTAINED), folder / "contained.parquet")
+    return {
+        "tokens": tokens,
+        "parts": sum(map(len, found.values())),
+        "split": sum(len(parts) > 1 for parts in found.values()),
+    }
 
 
 def _clusters(index: Index, found: Clustering, config: StructureConfig) -> Any:
@@ -181,6 +228,8 @@ class Place:
     """Latents with the opposite decoder direction, and the cosine."""
     children: tuple[tuple[int, float], ...]
     """Latents of the wider autoencoder that point the same way, and the cosine."""
+    contained: tuple[Part, ...] = ()
+    """Latents of the wider autoencoder that fire almost only where this one does."""
 
 
 class Structure:
@@ -191,7 +240,7 @@ class Structure:
         self.manifest: Manifest = read_manifest(self.folder, kind="structure")
 
     def table(self, name: str) -> Any:
-        """One of the tables latents, clusters, antonyms and children."""
+        """One of the tables latents, clusters, antonyms, children and, with a wider index, contained."""
         return pq.read_table(self.folder / f"{name}.parquet")
 
     @cached_property
@@ -209,6 +258,15 @@ class Structure:
             found["children"].setdefault(row["latent"], []).append((row["child"], row["cosine"]))
         return found
 
+    @cached_property
+    def _contained(self) -> dict[int, list[Part]]:
+        found: dict[int, list[Part]] = {}
+        if WIDER_INDEX in self.manifest.inputs:
+            for row in self.table("contained").to_pylist():
+                latent, _ = row.pop("latent"), row.pop("rank")
+                found.setdefault(latent, []).append(Part(**row))
+        return found
+
     def of(self, latent: int) -> Place:
         """What is known of one latent; raises UserError when there is no such latent."""
         if not 0 <= latent < len(self.latents):
@@ -222,6 +280,7 @@ class Structure:
             tuple(row["clusters"]),
             tuple(self._pairs["antonyms"].get(latent, ())),
             tuple(self._pairs["children"].get(latent, ())),
+            tuple(self._contained.get(latent, ())),
         )
 
     def kind(self, name: str) -> list[int]:

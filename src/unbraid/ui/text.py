@@ -109,7 +109,7 @@ def marked_tokens(
     """
     parts: list[list[str]] = [[], [], []]
     for i, (token, value) in enumerate(zip(tokens, values, strict=True)):
-        classes = ["t"]
+        classes = ["t"] if value is not None else ["t", "unknown"]
         if value is not None and (level := shade(value, maximum)):
             classes.append(f"a{level}")
         if centre is not None and abs(i - centre) > STACKED:

@@ -179,6 +179,7 @@ def feature(source: Source, latent: int) -> dict[str, Any]:
         "next": latent + 1 if latent + 1 < source.index.d_sae else None,
         "page": _facts(page) | {"neighbours": neighbours},
         "groups": _groups(page),
+        "window": source.index.manifest.facts["config"]["window"],
         "labels": [label.as_dict() for label in source.labels.of(latent)],
         "history": source.labels.history(latent),
         "structure": maps.place(source, latent),

@@ -35,7 +35,7 @@ def _echo(body: dict[str, Any]) -> str:
 
 def _endpoint(server: Any, path: Path, pauses: list[float] | None = None, **options: Any) -> Endpoint:
     options = {"timeout": 5.0, "concurrency": 3, **options}
-    config = EndpointConfig(base_url=server.url, model="small", **options)
+    config = EndpointConfig(base_url=server.url, model_name="small", **options)
     return Endpoint(config, Calls(path / "calls.sqlite"), sleep=(pauses if pauses is not None else []).append)
 
 
@@ -68,7 +68,7 @@ def test_what_was_answered_before_a_failure_is_kept(serving: Serving, tmp_path: 
     with serving(_echo) as server:
         # Another port is another endpoint; the same one is asked for the rest alone.
         calls = Calls(tmp_path / "calls.sqlite")
-        config = EndpointConfig(base_url=endpoint.config.base_url, model="small")
+        config = EndpointConfig(base_url=endpoint.config.base_url, model_name="small")
         moved = Endpoint(config, calls)
         assert sum(calls.get(moved.hash(r)) is None for r in REQUESTS) == 8
 
@@ -109,7 +109,7 @@ def test_the_cost_is_known_before_and_a_budget_holds(serving: Serving, tmp_path:
         assert frugal.spent.money is not None and 0 < frugal.spent.money <= 0.0004
         assert len(Calls(tmp_path / "calls.sqlite")) == 5 + frugal.spent.calls
     with pytest.raises(UserError, match="a budget needs --price-in and --price-out"):
-        EndpointConfig(base_url="x", model="y", budget=1.0)
+        EndpointConfig(base_url="x", model_name="y", budget=1.0)
     with pytest.raises(UserError, match="--base-url"):
         Endpoint(EndpointConfig(), Calls(tmp_path / "c.sqlite"))
 
@@ -203,7 +203,7 @@ import sys
 from pathlib import Path
 from unbraid.features.labels.calls import Calls
 from unbraid.features.labels.endpoint import Endpoint, EndpointConfig, Request
-config = EndpointConfig(base_url=sys.argv[1], model="small", concurrency=1)
+config = EndpointConfig(base_url=sys.argv[1], model_name="small", concurrency=1)
 endpoint = Endpoint(config, Calls(Path(sys.argv[2])))
 endpoint.ask([Request("Say a number.", f"question {n}") for n in range(40)])
 print(endpoint.spent.calls, endpoint.spent.cached)

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from unbraid.features.exchange import records
+from unbraid.features.labels.label import Label
+from unbraid.features.labels.rows import Row
 from unbraid.features.labels.store import Labels
 from unbraid.features.page import Index, LatentPage
 from unbraid.manifest.errors import UserError
@@ -186,65 +188,101 @@ def _id(*what: object) -> str:
     return "c" + hashlib.sha256("\0".join(map(str, what)).encode()).hexdigest()[:24]
 
 
-def import_labels(folder: Path, labels: Labels, d_sae: int) -> int:
-    """Propose every explanation of an export, {model}/{source} or its explanations/, that is not here yet.
+def layer_of(site: str) -> int | None:
+    """The number of the layer that a site names; none where it names none, as the embedding does."""
+    return next((int(part) for part in site.split(".") if part.isdecimal()), None)
 
-    They are hypotheses like any other, by "neuronpedia" with their author's id; returns how many are new.
-    Raises UserError, naming file and line, where one cannot be read.
+
+def import_labels(path: Path, labels: Labels, index: Index, *, source: str = "") -> int:
+    """Propose every explanation of an export that is not here yet, all of them or none.
+
+    `path` is {model}/{source}, its explanations/, or one of the files there.  Of several sources `source`,
+    such as 20-res-16k, names the one that is meant.  The labels are hypotheses like any other, by
+    "neuronpedia" with their author's id; returns how many are new.  Raises UserError, naming file and line,
+    where one cannot be read, and where they are of several sources or of another layer than the index, unless
+    `source` says that they are meant: nothing else in a file tells whose latents it explains.
     """
-    place = folder / "explanations" if (folder / "explanations").is_dir() else folder
+    place = path / "explanations" if (path / "explanations").is_dir() else path
     files = sorted([*place.glob("*.jsonl.gz"), *place.glob("*.jsonl")]) if place.is_dir() else [place]
     if not files or not all(file.is_file() for file in files):
         raise UserError(
-            f"{folder} holds no explanations: batch-0.jsonl.gz and so on are expected; check the path"
+            f"{path} holds no explanations: batch-0.jsonl.gz and so on are expected; check the path"
         )
-    found: list[tuple[int, str, str, str, str | None]] = []
+    found: dict[tuple[str, str], list[tuple[str, Any]]] = {}
     for file in files:
         for number, record in _read(file):
-            found.append(_explained(record, d_sae, f"{file}, line {number}"))
-    known = {
-        (label.latent, label.text, label.by) for j in {row[0] for row in found} for label in labels.of(j)
-    }
-    added = 0
-    for latent, text, by, kind, model in found:
-        if (latent, text, by) not in known:
-            known.add((latent, text, by))
-            labels.propose(latent, text, by=by, kind=kind, model=model)
-            added += 1
-    return added
+            where = f"{file}, line {number}"
+            found.setdefault(_source(record, where), []).append((where, record))
+    chosen = _one_of(path, found, source, index)
+    known = {(row["latent"], row["text"], row["by"]) for row in labels.ask("SELECT * FROM labels")}
+    drafts: dict[tuple[int, str, str], Label] = {}
+    for where, record in found[chosen]:
+        label = _draft(record, labels, index.d_sae, where)
+        drafts.setdefault((label.latent, label.text, label.by), label)
+    return labels.add([Row.of_label(label) for key, label in drafts.items() if key not in known])
+
+
+def _one_of(path: Path, sources: Iterable[tuple[str, str]], source: str, index: Index) -> tuple[str, str]:
+    """The one source that is meant; raises UserError where that is not clear, or is of another layer."""
+    chosen = [found for found in sources if source in ("", found[1])]
+    if len(chosen) != 1:
+        names = ", ".join(f"{layer} of {model or 'no model'}" for model, layer in sorted(sources)[:5])
+        raise UserError(
+            f"{path} holds explanations of {names or 'nothing'}; give those of one source, or name it with"
+            " --source"
+        )
+    theirs, site = chosen[0][1], str(index.manifest.facts["site"])
+    if not source and theirs.partition("-")[0] != str(layer_of(site)):
+        raise UserError(
+            f"{path} explains the source {theirs}, but {index.folder} is of {site}; where they are the same"
+            f" autoencoder's, say so with --source {theirs}"
+        )
+    return chosen[0]
 
 
 def _read(file: Path) -> Iterator[tuple[int, Any]]:
+    number = 0
     try:
         with (
             gzip.open(file, "rt", encoding="utf-8")
             if file.suffix == ".gz"
             else file.open(encoding="utf-8") as lines
         ):
-            number = 0
             while line := lines.readline(LONGEST_LINE):
                 number += 1
                 if line.strip():
                     yield number, json.loads(line)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, RecursionError) as error:
         raise UserError(
-            f"{file} is no file of JSON Lines, or is damaged ({error}); fetch it again"
+            f"{file} is no file of JSON Lines, or is damaged, at line {max(number, 1)} ({error}); fetch it"
+            " again"
         ) from error
 
 
-def _explained(record: Any, d_sae: int, where: str) -> tuple[int, str, str, str, str | None]:
+def _source(record: Any, where: str) -> tuple[str, str]:
+    """Model and source that an explanation is of."""
+    found = [record.get(name) for name in ("modelId", "layer")] if isinstance(record, dict) else []
+    model, layer = (value if isinstance(value, str) else "" for value in found or ("", ""))
+    if not layer:
+        raise UserError(f"{where} is no explanation: the field layer has to name the source, as 20-res-16k")
+    return model, layer
+
+
+def _draft(record: Any, labels: Labels, d_sae: int, where: str) -> Label:
     try:
         latent, text = int(record["index"]), record["description"]
         author, model = record.get("authorId"), record.get("explanationModelName")
         kind = record.get("typeName") or "neuronpedia"
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where} is no explanation ({error!r}); index and description are needed") from error
     if not all(isinstance(value, str | None) for value in (author, model, kind)) or not isinstance(text, str):
         raise UserError(f"{where}: description, authorId, typeName and explanationModelName have to be text")
-    if not text.strip():
-        raise UserError(f"{where}: the description is empty; take the line out")
     if not 0 <= latent < d_sae:
         raise UserError(
             f"{where} is of latent {latent}, but there are latents 0 to {d_sae - 1}; check the source"
         )
-    return latent, text.strip(), f"neuronpedia:{author}" if author else "neuronpedia", kind, model
+    by = f"neuronpedia:{author}" if author else "neuronpedia"
+    try:
+        return labels.draft(latent, text, by=by, kind=kind, model=model or None)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error

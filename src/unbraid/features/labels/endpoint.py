@@ -33,8 +33,8 @@ class EndpointConfig:
 
     base_url: str = ""
     """Address of the endpoint, such as http://localhost:8000/v1."""
-    model: str = ""
-    """The model's name there."""
+    model_name: str = ""
+    """The language model's name there."""
     key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key; a local server may need none."""
     concurrency: int = 8
@@ -44,13 +44,13 @@ class EndpointConfig:
     attempts: int = 6
     """How often a call is tried before the run stops."""
     max_tokens: int = 400
-    """Longest reply."""
+    """Longest reply, in tokens."""
     price_in: float | None = None
-    """Price of a million tokens read."""
+    """Price of a million tokens read, for the cost that is shown."""
     price_out: float | None = None
     """Price of a million tokens written."""
     budget: float | None = None
-    """Stop before this much would be spent; needs both prices."""
+    """Stop before more than this would be spent; needs both prices."""
 
     def __post_init__(self) -> None:
         for name in ("concurrency", "attempts", "max_tokens", "timeout"):
@@ -129,7 +129,7 @@ class Endpoint:
     def __init__(
         self, config: EndpointConfig, calls: Calls, *, sleep: Callable[[float], None] = time.sleep
     ) -> None:
-        if not config.base_url or not config.model:
+        if not config.base_url or not config.model_name:
             raise UserError("an LLM needs --base-url and --model-name; or use --explainer lexical")
         try:
             import openai
@@ -155,7 +155,7 @@ class Endpoint:
     def hash(self, request: Request) -> str:
         """Under which name the reply is kept."""
         shaped = {"temperature": 0, "max_tokens": self.config.max_tokens, "messages": request.messages}
-        return hash_of({"base_url": self.config.base_url, "model": self.config.model, **shaped})
+        return hash_of({"base_url": self.config.base_url, "model": self.config.model_name, **shaped})
 
     def estimate(self, requests: Sequence[Request], times: float = 1.0) -> Estimate:
         """What asking all of these would take, `times` as much again for those that cannot be known yet."""
@@ -232,7 +232,7 @@ class Endpoint:
                     self._sleep(again.pause(attempt))
             else:
                 raise AssertionError("attempts is more than 0")
-            self._calls.keep(name, self.config.model, reply)
+            self._calls.keep(name, self.config.model_name, reply)
         finally:
             with self._lock:
                 self._reserved -= reserved
@@ -268,7 +268,7 @@ class Endpoint:
             extra["response_format"] = {"type": "json_schema", "json_schema": schema}
         try:
             raw = self._client.chat.completions.with_raw_response.create(
-                model=self.config.model,
+                model=self.config.model_name,
                 messages=request.messages,
                 temperature=0,
                 max_tokens=self.config.max_tokens,

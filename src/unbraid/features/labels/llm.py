@@ -51,7 +51,7 @@ class LLM:
     @property
     def name(self) -> str:
         """The model's name."""
-        return self.endpoint.config.model
+        return self.endpoint.config.model_name
 
     def explain(self, evidence: Sequence[Evidence], promoted: Sequence[Sequence[str]]) -> list[Explanation]:
         """A label for each latent, from its training windows alone."""

@@ -103,7 +103,16 @@ class Labels:
         scores: Mapping[str, Any] | None = None,
     ) -> Label:
         """Add a label as a hypothesis; raises UserError where something about it cannot be kept."""
-        label = Label(
+        label = self.draft(latent, text, by=by, kind=kind, model=model)
+        rows = [Row.of_label(label)]
+        if scores is not None:
+            rows.append(Row.of_scores(label.id, checked_scores(scores), label.at))
+        self.add(rows)
+        return self.label(label.id)
+
+    def draft(self, latent: int, text: str, *, by: str, kind: str, model: str | None = None) -> Label:
+        """A label that is not added yet; raises UserError where something about it cannot be kept."""
+        return Label(
             sae=self.sae,
             latent=checked_latent(latent),
             text=clean(text, "the label", LONGEST_TEXT),
@@ -112,11 +121,6 @@ class Labels:
             model=None if model is None else clean(model, "the model's name", LONGEST_NAME),
             at=self._clock(),
         )
-        rows = [Row.of_label(label)]
-        if scores is not None:
-            rows.append(Row.of_scores(label.id, checked_scores(scores), label.at))
-        self.add(rows)
-        return self.label(label.id)
 
     def score(self, label: str, scores: Mapping[str, Any]) -> Label:
         """Set a label's scores; earlier ones stay in the history."""

@@ -23,7 +23,8 @@ export function span(token, value, max) {
   element.className = "t";
   const level = value === null ? 0 : alpha(value, max);
   if (level) element.classList.add(`a${level}`);
-  if (value !== null) element.dataset.v = value.toFixed(3);
+  if (value === null) element.classList.add("unknown");
+  else element.dataset.v = value.toFixed(3);
   const shown = token.length > LONGEST
     ? `${visible(token.slice(0, LONGEST))}… (${token.length.toLocaleString("en")} characters)`
     : visible(token);

@@ -1,0 +1,55 @@
+"""Tokens are found by passage and place."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unbraid.features.tables import PASSAGE, PASSAGES, PLACES, Passages, part_name
+
+PARTS = {0: [[1, 2, 3], [4], [5, 6, 7, 8]], 3: [[9, 10], [], [11, 12, 13]]}
+"""Tokens of the passages of each part; every number is there once."""
+
+
+@pytest.fixture(scope="module")
+def passages(tmp_path_factory: pytest.TempPathFactory) -> Passages:
+    folder = tmp_path_factory.mktemp("tables")
+    (folder / PASSAGES).mkdir()
+    for part, found in PARTS.items():
+        rows = [
+            {"passage": (part << PLACES) + n, "document": 10 * part + n, "id": f"document {part}.{n}",
+             "stratum": None, "first": 100 * n, "tokens": tokens}
+            for n, tokens in enumerate(found)
+        ]  # fmt: skip
+        with pa.ipc.new_file(folder / PASSAGES / part_name(part), PASSAGE) as writer:
+            writer.write_table(pa.Table.from_pylist(rows, PASSAGE))
+    return Passages(folder)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    place=st.sampled_from([(part, n) for part, found in PARTS.items() for n in range(len(found))]),
+    start=st.integers(0, 6),
+    length=st.integers(0, 6),
+)
+def test_a_cut_holds_the_passages_own_tokens_and_none_of_its_neighbours(
+    passages: Passages, place: tuple[int, int], start: int, length: int
+) -> None:
+    part, n = place
+    tokens = PARTS[part][n]
+    found = passages.cut((part << PLACES) + n, start, start + length)
+    assert found == (f"document {part}.{n}", 100 * n, tokens[start : start + length])
+
+
+def test_a_passage_is_had_whole_and_all_of_them_in_order(passages: Passages) -> None:
+    assert passages.numbers == [0, 3]
+    row = passages[(3 << PLACES) + 2]
+    assert (row["id"], row["document"], row["first"], row["tokens"]) == (
+        "document 3.2",
+        32,
+        200,
+        [11, 12, 13],
+    )
+    assert passages.all()["tokens"].to_pylist() == [*PARTS[0], *PARTS[3]]
