@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -283,3 +285,20 @@ def test_a_sentence_is_the_mean_of_its_tokens(tiny_bert: Path, monkeypatch: pyte
     assert SentenceModel(tiny_bert).encode([]).shape == (0, 16)
     with pytest.raises(UserError, match=r"needs config\.json"):
         SentenceModel(tiny_bert.parent)
+
+
+def test_a_sentence_model_reads_no_more_tokens_than_it_can(tiny_bert: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_bert, tmp_path / "short")
+    path = tmp_path / "short" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 8}))
+    long, cut = SentenceModel(tmp_path / "short").encode(["a b c d e f g h i j", "a b c d e f"])
+    np.testing.assert_array_equal(long, cut)  # with [CLS] and [SEP] eight
+
+
+def test_a_model_that_cannot_pad_is_no_sentence_model(tiny_gpt2: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_gpt2, tmp_path / "gpt2")
+    path = tmp_path / "gpt2" / "tokenizer_config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "pad_token"}))
+    (tmp_path / "gpt2" / "special_tokens_map.json").unlink(missing_ok=True)
+    with pytest.raises(UserError, match="has no token to pad with"):
+        SentenceModel(tmp_path / "gpt2")

