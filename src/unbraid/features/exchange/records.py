@@ -36,9 +36,9 @@ class Shown:
     low: float
     """Least activation of the group; TOP_GROUP for the strongest."""
     high: float
-    """Where it ends."""
+    """Where it ends; the largest activation of all for the strongest."""
     contains: float
-    """Share of the firings that are in the group."""
+    """Share of the firings that are in the group; TOP_GROUP for the strongest."""
 
     @property
     def at(self) -> int:
@@ -48,7 +48,7 @@ class Shown:
 
 def shown(page: LatentPage) -> list[Shown]:
     """The examples of a page: the strongest, then those of each interval of equal width, strongest first."""
-    found = [Shown(example, TOP_GROUP, TOP_GROUP, TOP_GROUP) for example in page.top]
+    found = [Shown(example, TOP_GROUP, page.max, TOP_GROUP) for example in page.top]
     for group in reversed(page.intervals):
         found += [Shown(example, group.low, group.high, group.share) for example in group.examples]
     return found
