@@ -98,24 +98,13 @@ def violations(page: Page, **options: Any) -> list[str]:
 
 
 PAGES = {
-    "home": "/",
-    "overview": "{base}",
-    "empty overview": "{empty}",
-    "latent": "{base}/latents/3",
-    "latent of hostile text": "{base}/latents/5",
-    "latent of text from right to left": "{base}/latents/6",
-    "dead latent": "{base}/latents/0",
-    "search": "{base}/search",
-    "found": "{base}/search?q=delayed",
-    "prompt": "{base}/prompt?text=the+package",
-    "contrast": "{base}/contrast?a=the+package&b=red+ball",
-    "lists": "{base}/lists",
-    "list": "{base}/lists/bookmarks",
-    "review": "{base}/review?by=Kim",
-    "empty review": "{empty}/review",
-    "login": "/login",
-    "error": "/nothing",
-}
+    "home": "/", "overview": "{base}", "empty overview": "{empty}", "latent": "{base}/latents/3",
+    "hostile text": "{base}/latents/5", "right to left": "{base}/latents/6", "dead": "{base}/latents/0",
+    "search": "{base}/search", "found": "{base}/search?q=delayed", "prompt": "{base}/prompt?text=the+package",
+    "contrast": "{base}/contrast?a=the+package&b=red+ball", "lists": "{base}/lists",
+    "list": "{base}/lists/bookmarks", "review": "{base}/review?by=Kim", "empty review": "{empty}/review",
+    "login": "/login", "error": "/nothing",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", PAGES.values(), ids=PAGES)
