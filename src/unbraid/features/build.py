@@ -260,6 +260,7 @@ class Build:
         write_tables(self.folder, self.state, self.words, places, coactive)
         self.at.tables = True
         self._write_work({"facts": self._facts()})
+        del self.state
         for path in (*self.folder.glob("state-*.npz"), *self.folder.glob("run-*.bin")):
             path.unlink()
 

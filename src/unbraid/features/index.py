@@ -177,8 +177,9 @@ def build_index(
                 mine=share.has,
                 progress=progress,
             )
-            write_effects(folder, sae, lm, config.promoted, progress)
-            write_neighbours(folder, sae, beside, config.neighbours)
             build.finish(config.coactive)
+        # After what depends on the corpus: that needs its memory no more.
+        write_effects(folder, sae, lm, config.promoted, progress)
+        write_neighbours(folder, sae, beside, config.neighbours)
         build.sign(config.seed, command, paths)
     return Index(out)

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import duckdb
 import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -18,6 +17,9 @@ from unbraid.features.groups import Edges, intervals_of, quantiles_of
 from unbraid.features.tables import LAYOUT, SCHEMAS, Passages, Table
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.record import Manifest, read_manifest
+
+if TYPE_CHECKING:  # building an index does without its memory
+    import duckdb
 
 TOKENS = 50
 """Tokens on a page, of those that a latent fires on."""
@@ -235,6 +237,8 @@ class Index:
 
         Raises UserError when the query is not valid.
         """
+        import duckdb
+
         # A cursor each, so that several threads may ask at once.
         with self._connection.cursor() as cursor:
             try:
@@ -246,6 +250,8 @@ class Index:
 
     @cached_property
     def _connection(self) -> duckdb.DuckDBPyConnection:
+        import duckdb
+
         connection = duckdb.connect()
         for table in (*SCHEMAS, "vocabulary"):
             connection.read_parquet(str(self.folder / f"{table}.parquet")).create_view(table)
