@@ -201,7 +201,10 @@ def test_a_disk_that_fills_loses_nothing(tiny_llama: Path, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
     assert len(said) == 6
-    for sentence, shards in zip(said[::2], said[1::2], strict=True):
+    shards = [int(line) for line in said[1::2]]
+    # The second may still have been on its way when the disk was filled; from then on none is lost.
+    assert 1 <= shards[0] and shards == sorted(shards) and shards[-1] < 8
+    for sentence in said[::2]:
         assert sentence.startswith("the disk is full; free some space and run the same command again, what")
-        assert str(disk / ".out.partial") in sentence and 2 <= int(shards) < 8
+        assert str(disk / ".out.partial") in sentence
     assert bytes_of(Path(f"{disk}.kept")) == bytes_of(tmp_path / "whole")
