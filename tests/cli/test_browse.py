@@ -79,8 +79,8 @@ def test_it_serves_and_a_taken_port_is_told(folder: Path) -> None:
 
     arguments = (shelf, Workbench(None, None), Access())
     threading.Thread(target=serve, args=arguments, kwargs={"port": 0, "ready": told}, daemon=True).start()
-    assert ready.wait(30)
-    with urllib.request.urlopen(found[0] + "index.json", timeout=30) as answer:
+    assert ready.wait(300)
+    with urllib.request.urlopen(found[0] + "index.json", timeout=300) as answer:
         assert shelf.sources[0].key.encode() in answer.read()
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
