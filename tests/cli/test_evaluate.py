@@ -155,6 +155,10 @@ def test_suites_stand_in_the_table_the_page_and_saebenchs_files(
     assert {name.split("/")[0] for name in manifest.files if "/" in name} == {"sparse_probing", "tpp"}
     stored = json.loads((tmp_path / "ev" / "suites.json").read_text())["suites"]
     assert [result["suite"] for result in stored] == ["probing", "tpp"]
+    # In a terminal of 80 characters, too, every name and number stands in full.
+    tables = shown[shown.index("suite probing at") :]
+    assert "…" not in tables and max(len(line) for line in tables.splitlines() if "│" in line) <= 80
+    assert all(metric in tables for result in stored for metric in result["definitions"])
     probing = stored[0]["rows"]
     assert probing[str(folder / "small")].keys() == stored[0]["definitions"].keys()
     assert all(

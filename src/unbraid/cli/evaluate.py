@@ -30,6 +30,8 @@ from unbraid.stats.bootstrap import Interval
 
 COMPARED = ("l0", "fvu", "delta_ce", "recovered_mean")
 """What the terminal shows of references; the page has all."""
+WIDEST_NAME, WIDEST_INTERVAL = 30, 20
+"""Characters of a table's first column, and of an interval."""
 
 
 @dataclass(frozen=True)
@@ -174,17 +176,34 @@ def _show_suites(results: Sequence[SuiteResult]) -> None:
     console = Console()
     for result in results:
         metrics = result.metrics
-        title = f"suite {result.suite} at {result.site}"
-        shown = Table("", *metrics, title=escape(title), title_justify="left")
-        for name, row in result.rows.items():
-            shown.add_row(escape(name), *(_cell(row.get(metric, "")) for metric in metrics))
-        if any(result.detectable.get(metric) is not None for metric in metrics):
-            least = [result.detectable.get(metric) for metric in metrics]
-            shown.add_section()
-            shown.add_row("detectable difference", *("" if d is None else f"{d:.3g}" for d in least))
-        console.print(shown)
+        title = escape(f"suite {result.suite} at {result.site}")
+        for some in _side_by_side(metrics, console.width):
+            shown = Table(title=title, title_justify="left")
+            shown.add_column("", max_width=WIDEST_NAME, overflow="fold")
+            for metric in some:
+                shown.add_column(metric, min_width=len(metric))
+            for name, row in result.rows.items():
+                shown.add_row(escape(name), *(_cell(row.get(metric, "")) for metric in some))
+            if any(result.detectable.get(metric) is not None for metric in some):
+                least = [result.detectable.get(metric) for metric in some]
+                shown.add_section()
+                shown.add_row("detectable difference", *("" if d is None else f"{d:.3g}" for d in least))
+            console.print(shown)
         for note in result.notes:
             print(note)
+
+
+def _side_by_side(metrics: Sequence[str], width: int) -> list[list[str]]:
+    """Metrics by the table that shows them: as many next to each other as a terminal has room for."""
+    found, left = list[list[str]](), 0
+    for metric in metrics:
+        needed = max(len(metric), WIDEST_INTERVAL) + 3
+        if needed > left:
+            found.append([])
+            left = width - WIDEST_NAME - 4
+        found[-1].append(metric)
+        left -= needed
+    return found
 
 
 def _cell(cell: Interval | str) -> str:
