@@ -279,9 +279,7 @@ def _opened(slots: Slots) -> Slots:
     return slots._replace(source=np.tile(np.arange(S, dtype=np.int32), (F, 1)))
 
 
-def _closed(
-    slots: Slots, more: Slots, first: I64, row: I32, value: F32, rows: Rows, reach: int
-) -> Slots:  # fmt: skip
+def _closed(slots: Slots, more: Slots, first: I64, row: I32, value: F32, rows: Rows, reach: int) -> Slots:
     """The same slots with the activations that their sources name; `more` has those of another state."""
     size, cuts = np.zeros_like(slots.size), _even(len(slots.size))
     ranges = [(int(a), int(b)) for a, b in pairwise(cuts)]
