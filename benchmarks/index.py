@@ -6,7 +6,7 @@
 peer      all of `build_index`, which tokenises too, against SAEDashboard's SaeVisRunner and its HTML page, of
           every latent of a TopK autoencoder of `--width` latents: time, most memory held, bytes on the disk
 nonzeros  the pass alone (statistics, samples, best examples) on random codes with 8 to 64 latents a token
-memory    the whole build over ever more tokens: most memory held
+memory    the whole build over ever more tokens, which the model itself writes: most memory held
 
 Each tool runs in a process of its own, so that memory is its own; loading is not timed.  In a turn both do
 the same work, the order changes from turn to turn, and a ratio is the median over turns of the ratio within a
@@ -26,6 +26,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -40,7 +42,7 @@ from unbraid.evaluation.references import untrained
 from unbraid.features import loops
 from unbraid.features.index import IndexConfig
 from unbraid.features.state import State, row_keys
-from unbraid.model.load import load_model
+from unbraid.model.load import LanguageModel, load_model
 from unbraid.model.read import read_sites
 from unbraid.model.sites import Site
 from unbraid.sae.base import SAEConfig
@@ -55,10 +57,10 @@ LONGEST = 5400
 PEERS = Path(".venv/peers")
 
 
-def prepare(folder: Path, given: argparse.Namespace, tokens: int) -> None:
-    """Write what a worker reads: settings, tokens and the texts that they come from, the autoencoder."""
+def prepare(folder: Path, given: argparse.Namespace) -> None:
+    """Write what workers read: settings, tokens of stories and the texts they come from, the autoencoder."""
     place = subjects.SHARED / "models" / given.model
-    lm, site = load_model(place), Site(given.layer, "resid_post")
+    lm = load_model(place)
     windows: list[list[int]] = []
     texts: list[str] = []
     for story in subjects.stories("train"):
@@ -67,18 +69,43 @@ def prepare(folder: Path, given: argparse.Namespace, tokens: int) -> None:
         if len(ids) == CONTEXT and lm.tokenizer(text)["input_ids"] == ids:
             windows.append(ids)
             texts.append(text)
-        if len(windows) * CONTEXT >= tokens:
+        if len(windows) * CONTEXT >= given.tokens:
             break
     kept = torch.tensor(windows)
-    if len(kept) * CONTEXT < tokens:
+    if len(kept) * CONTEXT < given.tokens:
         raise SystemExit(f"the stories give {len(kept) * CONTEXT:,} tokens only")
+    np.save(folder / "tokens.npy", kept.numpy())
+    write_texts(folder / "texts.jsonl", texts)
+    write_autoencoder(folder, given, lm, kept)
+
+
+def write_texts(path: Path, texts: Iterable[str]) -> None:
+    """One a line, in JSON: a worker reads them as it goes."""
+    with path.open("w") as file:
+        file.writelines(json.dumps(text) + "\n" for text in texts)
+
+
+def write_autoencoder(folder: Path, given: argparse.Namespace, lm: LanguageModel, kept: torch.Tensor) -> None:
+    """Write the settings and an autoencoder as training starts, scaled on activations of windows (n, T)."""
+    site = Site(given.layer, "resid_post")
     x = read_sites(lm, kept[:8], torch.ones_like(kept[:8]), [site])[site].flatten(0, 1).float()
     config = SAEConfig("topk", lm.d_in, given.width, given.k, site=str(site), model_name=lm.name)
     untrained(build(config), x, 0).save_pretrained(folder / "sae")
-    np.save(folder / "tokens.npy", kept.numpy())
-    (folder / "texts.json").write_text(json.dumps(texts))
-    settings = {"model": str(place), "context": CONTEXT, "layer": given.layer, "width": given.width}
+    place = str(subjects.SHARED / "models" / given.model)
+    settings = {"model": place, "context": CONTEXT, "layer": given.layer, "width": given.width}
     (folder / "settings.json").write_text(json.dumps({**settings, "threads": given.threads}))
+
+
+@torch.no_grad()
+def written(lm: LanguageModel, tokens: int, at_once: int = 512) -> Iterator[torch.Tensor]:
+    """Windows (at_once, CONTEXT) of what the model writes by itself; at least so many tokens."""
+    begin = torch.full((at_once, 1), lm.tokenizer.bos_token_id)
+    for seed in range(-(-tokens // (at_once * CONTEXT))):
+        torch.manual_seed(seed)
+        yield lm.model.generate(  # pyright: ignore[reportCallIssue]
+            begin, attention_mask=torch.ones_like(begin), do_sample=True, top_k=0,
+            min_new_tokens=CONTEXT - 1, max_new_tokens=CONTEXT - 1, pad_token_id=lm.tokenizer.bos_token_id,
+        )  # fmt: skip
 
 
 def one(tool: str, python: str, folder: Path, latents: int | None = None) -> dict[str, float]:
@@ -101,7 +128,7 @@ def one(tool: str, python: str, folder: Path, latents: int | None = None) -> dic
 
 def against_saedashboard(found: Result, given: argparse.Namespace, folder: Path) -> None:
     """Both tools on the same tokens; SAEDashboard on as many latents as `--minutes` allow, all as a rule."""
-    prepare(folder, given, given.tokens)
+    prepare(folder, given)
     tools = {"unbraid": sys.executable, "saedashboard": str(given.peer)}
     one("unbraid", sys.executable, folder)  # compiles the loops
     few = {n: one("saedashboard", tools["saedashboard"], folder, n) for n in (BATCH, 3 * BATCH)}
@@ -180,7 +207,13 @@ def nonzeros(found: Result, given: argparse.Namespace, folder: Path) -> None:
 
 def memory(found: Result, given: argparse.Namespace, folder: Path) -> None:
     """The most memory that a build holds, over more and more tokens."""
-    prepare(folder, given, max(given.memory_tokens))
+    lm = load_model(subjects.SHARED / "models" / given.model)
+    # Windows end where the budget of tokens does, so a twentieth more is written than is read.
+    windows = written(lm, max(given.memory_tokens) * 21 // 20)
+    first = next(windows)
+    write_autoencoder(folder, given, lm, first)
+    every = (row for some in chain([first], windows) for row in some)
+    write_texts(folder / "texts.jsonl", (lm.tokenizer.decode(row, skip_special_tokens=True) for row in every))
     settings: dict[str, Any] = json.loads((folder / "settings.json").read_text())
     peaks: list[float] = []
     for tokens in given.memory_tokens:

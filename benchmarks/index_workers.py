@@ -1,6 +1,6 @@
 """The tools of `index.py`, each run by its own interpreter: `python index_workers.py TOOL FOLDER [LATENTS]`.
 
-FOLDER holds settings.json, tokens.npy (n, context), texts.json that are tokenised to just these, and the
+FOLDER holds settings.json, tokens.npy (n, context), texts.jsonl that are tokenised to just these, and the
 autoencoder in `sae`, of which SAEDashboard takes the first LATENTS, or all.  What a tool makes goes to
 FOLDER/TOOL.  The answer is one line of JSON on standard output: seconds from loaded weights to written pages,
 the most memory held, and bytes on the disk.
@@ -28,7 +28,8 @@ def unbraid(s: dict[str, Any], folder: Path, out: Path) -> Callable[[], object]:
     from unbraid.sae.base import SAE
 
     lm, sae = load_model(s["model"]), SAE.from_pretrained(folder / "sae")
-    documents = [Document.of_text(text) for text in json.loads((folder / "texts.json").read_text())]
+    lines = (folder / "texts.jsonl").open()
+    documents = (Document.of_text(json.loads(line)) for line in lines)
     config = index.IndexConfig(context=s["context"], tokens=s.get("tokens"))
     return lambda: index.build_index(sae, lm, documents, config, out / "index", sae_id="benchmark")
 

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unbraid.features import hashes, lists, loops, pairs
+from unbraid.features.around import around
 from unbraid.features.coactive import FEWEST, TokenSample
 from unbraid.features.groups import INTERVALS, level_edges
-from unbraid.features.state import Sizes, State, around, row_keys
+from unbraid.features.state import Sizes, State, row_keys
 
 LATENTS, LENGTH, TOKENS = 4, 6, 5
 SIZES = Sizes(best=3, sample=4, per_interval=2, reach=1, coactive=1 << 20)

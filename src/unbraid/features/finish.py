@@ -12,11 +12,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from unbraid.features import hashes, lists
+from unbraid.features.around import around
 from unbraid.features.groups import INTERVALS
 from unbraid.features.hashes import F32, I32, I64, U64
 from unbraid.features.loops import Slots
 from unbraid.features.pairs import BLOCK
-from unbraid.features.state import SLOTS, State, around, row_keys
+from unbraid.features.state import SLOTS, State, row_keys
 from unbraid.features.stretches import Classes
 from unbraid.features.tables import LATENTS, PLACES, SCHEMAS, VOCABULARY, Passages, Table, TableWriter
 

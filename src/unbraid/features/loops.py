@@ -185,76 +185,6 @@ def _weakest(best: Slots, j: int) -> np.float32:
 
 
 @compiled
-def _surround(rows: Rows, row: I32, at: int, begin: int, end: int, reach: int) -> tuple[int, int]:
-    """Of a latent's firings begin … end − 1 the first one around firing `at`, and the one after the last."""
-    here = rows[row[at]]
-    low, high = at, at + 1
-    while low > begin and rows[row[low - 1]].passage == here.passage:
-        if here.position - rows[row[low - 1]].position > reach:
-            break
-        low -= 1
-    while high < end and rows[row[high]].passage == here.passage:
-        if rows[row[high]].position - here.position > reach:
-            break
-        high += 1
-    return low, high
-
-
-@compiled
-def count_around(
-    begin: int, end: int, slots: Slots, more: Slots, first: I64, row: I32, rows: Rows, reach: int, size: I32
-) -> None:
-    """The `size` (F, S) that slots of latents begin … end − 1 will have, from their `source`."""
-    S = size.shape[1]
-    for j in range(begin, end):
-        for s in range(S):
-            source = slots.source[j, s]
-            if slots.passage[j, s] < 0:
-                size[j, s] = 0
-            elif source < 0:
-                low, high = _surround(rows, row, first[j] - 1 - source, first[j], first[j + 1], reach)
-                size[j, s] = high - low
-            elif source < S:
-                size[j, s] = slots.size[j, source]
-            else:
-                size[j, s] = more.size[j, source - S]
-
-
-@compiled
-def fill_around(
-    begin: int, end: int, slots: Slots, more: Slots, first: I64, row: I32, value: F32, rows: Rows, reach: int,
-    size: I32, to: I64, away: I16, active: F32,
-) -> None:  # fmt: skip
-    """The activations of slots of latents begin … end − 1, into away and active from to[begin] on."""
-    S = size.shape[1]
-    begins = np.zeros(2 * S, np.int64)  # of what the old slots have, and those of the other state
-    for j in range(begin, end):
-        there = slots.first[j]
-        for s in range(S):
-            begins[s] = there
-            there += slots.size[j, s]
-        if len(more.first):
-            there = more.first[j]
-            for s in range(S):
-                begins[S + s] = there
-                there += more.size[j, s]
-        at = to[j]
-        for s in range(S):
-            source, n = slots.source[j, s], size[j, s]
-            if n and source < 0:
-                firing = first[j] - 1 - source
-                low, _ = _surround(rows, row, firing, first[j], first[j + 1], reach)
-                here = rows[row[firing]].position
-                for i in range(low, low + n):
-                    away[at + i - low], active[at + i - low] = rows[row[i]].position - here, value[i]
-            elif n:
-                held, strength = (slots.away, slots.active) if source < S else (more.away, more.active)
-                for c in range(n):
-                    away[at + c], active[at + c] = held[begins[source] + c], strength[begins[source] + c]
-            at += n
-
-
-@compiled
 def _copy(source: Slots, j: int, s: int, target: Slots, t: int) -> None:
     """Slot t of the target is now what slot s of another state was."""
     if t >= 0:
@@ -311,7 +241,7 @@ def take_in(
 ) -> None:
     """Count the firings of latents begin … end − 1 in a stretch of text and let them compete for slots.
 
-    The slots' activations are left as they were, to be fetched by `fill_around`.
+    The slots' activations are left as they were; `around.closed` fetches them.
     """
     # Plain arrays, and no call on the way of most firings: a call counts references of all that it is given.
     bits = value.view(np.int32)

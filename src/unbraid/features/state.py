@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unbraid.features import hashes, loops
+from unbraid.features.around import closed, even, nowhere, opened
 from unbraid.features.coactive import TokenSample
 from unbraid.features.groups import HISTOGRAM_BINS, INTERVALS, LEVELS, OCTAVES
 from unbraid.features.hashes import F32, I32, I64, U64
 from unbraid.features.loops import Counts, Rows, Slots
-from unbraid.features.pairs import TokenCounts
+from unbraid.features.pairs import Pairs, TokenCounts
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.files import writing
 from unbraid.sae.kernels.cpu import Lists, side_by_side
@@ -87,7 +87,7 @@ class State:
         lists = Lists.of(starts, latents, values, self.d_sae)
         by_latent = values[lists.entries]
         cuts = lists.cuts()
-        best, sample, spread = (_opened(getattr(self, name)) for name in SLOTS)
+        best, sample, spread = (opened(getattr(self, name)) for name in SLOTS)
 
         def some(part: int) -> None:
             loops.take_in(
@@ -98,7 +98,7 @@ class State:
         side_by_side(some, range(len(cuts) - 1))
         for name, slots in zip(SLOTS, (best, sample, spread), strict=True):
             of = lists.first, lists.rows, by_latent, rows
-            setattr(self, name, _closed(slots, _no_slots(0, 0), *of, self.sizes.reach))
+            setattr(self, name, closed(slots, _no_slots(0, 0), *of, self.sizes.reach))
         self.tokens.add(lists.first, rows["token"][lists.rows])
         self.together.add(_apart(rows["key"]), starts, latents)
         self._count_occurrences(np.bincount(rows["token"]))
@@ -136,9 +136,9 @@ class State:
         strata = np.zeros_like(self.counts.strata)
         strata[:, order] = more.counts.strata
         counts = more.counts._replace(strata=strata)
-        cuts = _even(self.d_sae)
-        best, sample, spread = mine = [_opened(getattr(self, name)) for name in SLOTS]
-        more_best, more_sample, more_spread = theirs = [_opened(getattr(more, name)) for name in SLOTS]
+        cuts = even(self.d_sae)
+        best, sample, spread = mine = [opened(getattr(self, name)) for name in SLOTS]
+        more_best, more_sample, more_spread = theirs = [opened(getattr(more, name)) for name in SLOTS]
 
         def some(part: int) -> None:
             loops.merge(
@@ -149,7 +149,7 @@ class State:
         side_by_side(some, range(len(cuts) - 1))
         for name, slots, other in zip(SLOTS, mine, theirs, strict=True):
             none = np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32)
-            setattr(self, name, _closed(slots, other, *none, np.zeros(0, loops.ROW), self.sizes.reach))
+            setattr(self, name, closed(slots, other, *none, np.zeros(0, loops.ROW), self.sizes.reach))
         for block, begin in zip(more.tokens.blocks(), range(0, self.d_sae, 512), strict=True):
             first = np.zeros(self.d_sae + 1, np.int64)
             first[begin : begin + len(block.first)] = block.first
@@ -199,13 +199,11 @@ class State:
 
     def load(self, path: Path, rest: Mapping[str, Any]) -> None:
         """Become what was saved."""
-        from unbraid.features.pairs import Pairs
-
         found = dict(np.load(path, allow_pickle=False))
         self.counts = Counts(*(found[f"counts.{name}"] for name in Counts._fields))
         for slots in SLOTS:
             held = {name: found[f"{slots}.{name}"] for name in _SAVED}
-            setattr(self, slots, Slots(**held, source=_nowhere()))
+            setattr(self, slots, Slots(**held, source=nowhere()))
         self.tokens.held = Pairs(*(found[f"tokens.{name}"] for name in ("first", "token", "times")))
         self.tokens.oldest, self.tokens.runs, self.tokens.firings = rest["runs"]
         self.tokens.tidy()
@@ -250,10 +248,6 @@ def _no_counts(F: int) -> Counts:
 _SAVED = tuple(name for name in Slots._fields if name != "source")
 
 
-def _nowhere() -> I32:
-    return np.zeros((0, 0), np.int32)
-
-
 def _no_slots(F: int, size: int) -> Slots:
     return Slots(
         key=np.zeros((F, size), np.uint64),
@@ -264,45 +258,5 @@ def _no_slots(F: int, size: int) -> Slots:
         first=np.zeros(F + 1 if F else 0, np.int64),
         away=np.zeros(0, np.int16),
         active=np.zeros(0, np.float32),
-        source=_nowhere(),
+        source=nowhere(),
     )
-
-
-def _even(F: int) -> I64:
-    """Where to cut F latents into ranges of equal numbers."""
-    return np.linspace(0, F, 17).astype(np.int64)
-
-
-def _opened(slots: Slots) -> Slots:
-    """The same slots, of which each knows where its activations are."""
-    F, S = slots.key.shape
-    return slots._replace(source=np.tile(np.arange(S, dtype=np.int32), (F, 1)))
-
-
-def _closed(slots: Slots, more: Slots, first: I64, row: I32, value: F32, rows: Rows, reach: int) -> Slots:
-    """The same slots with the activations that their sources name; `more` has those of another state."""
-    size, cuts = np.zeros_like(slots.size), _even(len(slots.size))
-    ranges = [(int(a), int(b)) for a, b in pairwise(cuts)]
-
-    def count(at: tuple[int, int]) -> None:
-        loops.count_around(*at, slots, more, first, row, rows, reach, size)
-
-    side_by_side(count, ranges)
-    to = np.concatenate([[0], np.cumsum(size.sum(axis=1, dtype=np.int64))])
-    away, active = np.empty(to[-1], np.int16), np.empty(to[-1], np.float32)
-
-    def fill(at: tuple[int, int]) -> None:
-        loops.fill_around(*at, slots, more, first, row, value, rows, reach, size, to, away, active)
-
-    side_by_side(fill, ranges)
-    return slots._replace(size=size, first=to, away=away, active=active, source=_nowhere())
-
-
-def around(slots: Slots, begin: int, end: int, reach: int) -> F32:
-    """Activations around the slots of latents begin … end − 1, (end − begin, S, 2 · reach + 1)."""
-    size = slots.size[begin:end]
-    out = np.zeros((size.size, 2 * reach + 1), np.float32)
-    mine = slice(int(slots.first[begin]), int(slots.first[end]))
-    slot = np.repeat(np.arange(size.size), size.ravel())
-    out[slot, slots.away[mine] + reach] = slots.active[mine]
-    return out.reshape(*size.shape, 2 * reach + 1)
