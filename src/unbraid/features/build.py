@@ -21,6 +21,8 @@ import pyarrow as pa
 
 from unbraid.activations.documents import Document
 from unbraid.features.finish import Places, read_state, write_tables
+from unbraid.features.hashes import I32
+from unbraid.features.memory import give_back
 from unbraid.features.page import Index
 from unbraid.features.state import VERSION, Seen, Sizes, State
 from unbraid.features.stretches import Classes, Part, Reader, Stretch, parts_of
@@ -217,12 +219,14 @@ class Build:
                     seen.strata[document.stratum or ""][1] += 1
                     seen.documents += 1
                     last = piece.document
-                windows.add(piece.document, document, piece.window.positions, piece.window.input_ids)
+                tokens = np.asarray(piece.window.input_ids, "<i8")
+                windows.add(piece.document, document, piece.window.positions, tokens.astype(np.int32))
                 digest.update(f"{document.id}\n".encode())
-                digest.update(np.asarray(piece.window.input_ids, "<i8").tobytes())
+                digest.update(tokens.tobytes())
             state.add(stretch.starts, stretch.latents, stretch.values, stretch.rows)
             self._count_strata(stretch)
             seen.windows += len(stretch.pieces)
+            give_back()
             if progress is not None:
                 progress(self.at.counted + seen.tokens - before, total, "tokens")
         seen.parts[str(part.number)] = digest.hexdigest()
@@ -318,7 +322,7 @@ class _Windows:
     def __init__(self) -> None:
         self.columns: dict[str, list[Any]] = {name: [] for name in PASSAGE.names}
 
-    def add(self, number: int, document: Document, positions: Sequence[int], tokens: Sequence[int]) -> None:
+    def add(self, number: int, document: Document, positions: Sequence[int], tokens: I32) -> None:
         row = (None, number, document.id, document.stratum, positions[-1] - len(positions) + 1, tokens)
         for column, value in zip(self.columns.values(), row, strict=True):
             column.append(value)

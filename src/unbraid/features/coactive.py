@@ -13,7 +13,8 @@ import numpy as np
 
 from unbraid.features import lists
 from unbraid.features.hashes import I32, I64, U64
-from unbraid.sae.kernels.cpu import Lists, side_by_side
+from unbraid.features.memory import grown
+from unbraid.sae.kernels.cpu import side_by_side
 
 FEWEST = 5
 """Tokens on which two latents must fire together before their mutual information is ranked."""
@@ -51,11 +52,11 @@ class TokenSample:
         self.level = max(self.level, level)
         chosen = self._inside(keys)
         sizes = np.diff(starts).astype(np.int32)
-        self.keys = np.concatenate([self.keys, keys[chosen]])
-        self.latents = np.concatenate([self.latents, latents[np.repeat(chosen, sizes)]])
-        self.sizes = np.concatenate([self.sizes, sizes[chosen]])
+        self.keys = grown(self.keys, keys[chosen])
+        self.latents = grown(self.latents, latents[np.repeat(chosen, sizes)])
+        self.sizes = grown(self.sizes, sizes[chosen])
         inside = self._inside(self.keys)
-        while int(self.sizes[inside].sum(dtype=np.int64)) > self.room:
+        while int(self.sizes.sum(dtype=np.int64, where=inside)) > self.room:
             self.level += 1
             inside = self._inside(self.keys)
         if not inside.all():
@@ -72,9 +73,9 @@ class TokenSample:
 
     def neighbours(self, k: int) -> list[Neighbours]:
         """BLOCK latents at a time: the k with the highest Jaccard index, then more by mutual information."""
-        starts = self.starts
-        firing = Lists.of(starts, self.latents, np.ones(len(self.latents), np.float32), self.d_sae)
-        own = np.diff(firing.first)
+        starts, first, rows = self.starts, np.empty(self.d_sae + 1, np.int64), np.empty_like(self.latents)
+        lists.by_latent(starts, self.latents, first, rows)
+        own = np.diff(first)
 
         def some(begin: int) -> Neighbours:
             end = min(begin + BLOCK, self.d_sae)
@@ -85,8 +86,8 @@ class TokenSample:
                 end,
                 starts,
                 self.latents,
-                firing.first,
-                firing.rows,
+                first,
+                rows,
                 FEWEST,
                 neighbour,
                 together,

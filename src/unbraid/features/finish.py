@@ -13,15 +13,19 @@ from numpy.typing import NDArray
 
 from unbraid.features import hashes, lists
 from unbraid.features.around import around
+from unbraid.features.coactive import TokenSample
 from unbraid.features.groups import INTERVALS
 from unbraid.features.hashes import F32, I32, I64, U64
 from unbraid.features.loops import Slots
+from unbraid.features.memory import give_back
 from unbraid.features.pairs import BLOCK
 from unbraid.features.state import SLOTS, State, row_keys
 from unbraid.features.stretches import Classes
 from unbraid.features.tables import LATENTS, PLACES, SCHEMAS, VOCABULARY, Passages, Table, TableWriter
 
 SAMPLED = "sampled.parquet"
+SAMPLE_BLOCK = 1 << 14
+"""Sampled tokens written at a time."""
 """The sample of tokens that co-activation is counted on, for indexes that grow or are merged."""
 ALIKE = 0.8
 """Two examples are alike when this share of the tokens around them agrees, place by place."""
@@ -66,28 +70,35 @@ def write_tables(
     folder: Path, state: State, words: Callable[[int], str], places: Places, coactive: int
 ) -> None:
     """All tables that depend on the corpus, but the passages; the state's examples are used up."""
+    give_back()
     _write_latents(folder, state)
+    give_back()
     _write_examples(folder, state, places)
     state.drop_examples()  # before co-activation asks for memory of its own
+    give_back()
     _write_coactive(folder, state, coactive)
-    order = np.argsort(state.together.keys, kind="stable")
-    starts = state.together.starts
-    latents = np.concatenate(
-        [np.zeros(0, np.int32), *(np.sort(state.together.latents[starts[i] : starts[i + 1]]) for i in order)]
-    )
-    offsets = np.concatenate([[0], np.cumsum(state.together.sizes[order])]).astype(np.int32)
-    sampled = pa.table(
-        {
-            "key": state.together.keys[order],
-            "latents": pa.ListArray.from_arrays(pa.array(offsets), pa.array(latents)),
-        }
-    )
-    pq.write_table(sampled, folder / SAMPLED, compression="zstd")
+    _write_sampled(folder, state.together)
     known = sorted(_tokens_of(places.passages))
     occurrences = np.zeros(max(known, default=-1) + 1, np.int64)
     occurrences[: len(state.occurrences)] = state.occurrences[: len(occurrences)]
     vocabulary = {"token": known, "text": [words(t) for t in known], "occurrences": occurrences[known]}
     pq.write_table(pa.table(vocabulary, schema=VOCABULARY), folder / "vocabulary.parquet", compression="zstd")
+
+
+def _write_sampled(folder: Path, together: TokenSample) -> None:
+    """The sample of tokens, by key, each with its latents in order, some tokens at a time."""
+    schema = pa.schema({"key": pa.uint64(), "latents": pa.list_(pa.int32())})
+    order, starts = np.argsort(together.keys, kind="stable"), together.starts
+    with pq.ParquetWriter(folder / SAMPLED, schema, compression="zstd") as writer:
+        for begin in range(0, max(len(order), 1), SAMPLE_BLOCK):
+            some = order[begin : begin + SAMPLE_BLOCK]
+            sizes = together.sizes[some]
+            offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+            row = np.repeat(np.arange(len(some)), sizes)
+            latents = together.latents[starts[some][row] + np.arange(len(row)) - offsets[row]]
+            latents = latents[np.lexsort((latents, row))]
+            lists_of = pa.ListArray.from_arrays(pa.array(offsets), pa.array(latents))
+            writer.write_table(pa.table([together.keys[some], lists_of], schema=schema))
 
 
 def _tokens_of(passages: Passages) -> set[int]:

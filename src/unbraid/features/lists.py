@@ -79,6 +79,23 @@ def _rank(keys: F64, items: I32, n: int, key: Any, item: Any) -> int:
 
 
 @compiled
+def by_latent(starts: I64, latents: I32, first: I64, rows: I32) -> None:
+    """On which rows each latent fires: rows[first[j]:first[j + 1]]; starts (n + 1,), as below."""
+    first[:] = 0
+    for e in range(len(latents)):
+        first[latents[e] + 1] += 1
+    for j in range(1, len(first)):
+        first[j] += first[j - 1]
+    for row in range(len(starts) - 1):
+        for e in range(starts[row], starts[row + 1]):
+            rows[first[latents[e]]] = row
+            first[latents[e]] += 1
+    for j in range(len(first) - 1, 0, -1):  # each has moved to where the next one began
+        first[j] = first[j - 1]
+    first[0] = 0
+
+
+@compiled
 def coactive(
     begin: int,
     end: int,

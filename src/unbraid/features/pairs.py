@@ -57,8 +57,9 @@ class Pairs:
 
         side_by_side(some, range(PARTS))
         lists.close_up(out, found, item, count, new_first)
-        n = int(new_first[-1])
-        return Pairs(new_first, item[:n].copy(), count[:n].copy())
+        for array in (item, count):  # where they are, for a copy would be their memory once more
+            array.resize(int(new_first[-1]), refcheck=False)
+        return Pairs(new_first, item, count)
 
     def block(self, begin: int, end: int) -> Pairs:
         """The pairs of latents begin … end − 1, numbered from 0."""

@@ -207,8 +207,10 @@ class State:
         self.tokens.held = Pairs(*(found[f"tokens.{name}"] for name in ("first", "token", "times")))
         self.tokens.oldest, self.tokens.runs, self.tokens.firings = rest["runs"]
         self.tokens.tidy()
-        self.together.keys, self.together.sizes = found["together.keys"], found["together.sizes"]
-        self.together.latents, self.together.level = found["together.latents"], rest["level"]
+        # Copies, for what grows where it is must own its memory.
+        together = (found[f"together.{name}"].copy() for name in ("keys", "sizes", "latents"))
+        self.together.keys, self.together.sizes, self.together.latents = together
+        self.together.level = rest["level"]
         self.occurrences = found["occurrences"]
         self.seen = Seen(**rest["seen"])
 

@@ -1,0 +1,28 @@
+"""What keeps the memory of a long pass from growing with it."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from typing import Any, TypeVar
+
+from numpy.typing import NDArray
+
+Array = TypeVar("Array", bound=NDArray[Any])
+
+
+def grown(held: Array, more: Array) -> Array:
+    """An array with another behind it.  It grows where it is: a copy would be its memory once more."""
+    n = len(held)
+    held.resize(n + len(more), refcheck=False)
+    held[n:] = more
+    return held
+
+
+def give_back() -> None:
+    """Let glibc return what was freed to the system; elsewhere nothing happens.
+
+    It would keep the holes between what lives long, and there would be more of them as a pass goes on.
+    """
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
