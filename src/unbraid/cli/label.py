@@ -92,7 +92,7 @@ class Options:
     """Write all labels, reviews and lists as JSON Lines."""
     import_: Annotated[Path | None, tyro.conf.arg(name="import")] = None
     """Add what a file holds that is not here yet: lines of --export, or Neuronpedia's explanations, in a file
-    or a folder."""
+    or a folder; files may be gzip."""
     format: Literal["unbraid", "neuronpedia"] = "unbraid"
     """Who wrote what --import reads."""
     source: str = ""
