@@ -155,7 +155,7 @@ def test_an_export_that_was_compressed_comes_back(labels: Labels, tmp_path: Path
         with pytest.raises(UserError, match=r"broken.gz is no gzip file, or is damaged .*; fetch it again"):
             Labels(tmp_path / "broken.sqlite", SAE).load(tmp_path / "broken.gz")
     (tmp_path / "text.gz").write_bytes(gzip.compress("café".encode("latin-1")))
-    with pytest.raises(UserError, match="text.gz is not UTF-8"):
+    with pytest.raises(UserError, match=r"text\.gz is not UTF-8"):
         Labels(tmp_path / "text.sqlite", SAE).load(tmp_path / "text.gz")
 
 
