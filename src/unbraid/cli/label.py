@@ -241,8 +241,10 @@ def _show(found: Sequence[Found], scorers: Sequence[str]) -> None:
         text = one.explanation.text or f"none: {one.explanation.why_not}"
         table.add_row(str(one.latent), one.label.id if one.label else "–", Text(text), *cells, windows)
     Console().print(table)
-    for score in next((one.scores for one in found if one.scores), ()):
-        print(f"{score.scorer}: judged by {score.judge}; knowing nothing gives {score.chance:g}")
+    for of_all in zip(*(one.scores for one in found if one.scores), strict=True):
+        low, high = (f"{end(score.chance for score in of_all):.3g}" for end in (min, max))
+        nothing = low if low == high else f"{low} to {high}"
+        print(f"{of_all[0].scorer}: judged by {of_all[0].judge}; knowing nothing gives {nothing}")
     for one in found:
         for note in one.notes:
             print(f"latent {one.latent}: {note}")
