@@ -79,12 +79,13 @@ def sae(lm: LanguageModel) -> SAE:
 
 
 def wider_sae(sae: SAE) -> SAE:
-    """Its latents and four more, two of which are the third again."""
+    """Its latents but the third, and four more, two of which point where that one does."""
     wide = build(dataclasses.replace(sae.config, d_sae=D_SAE + 4))
     with torch.no_grad():
-        wide.W_dec[:D_SAE] = sae.W_dec
-        wide.W_dec[D_SAE:] = -sae.W_dec[3]
-        wide.W_dec[97:99] = sae.W_dec[3]
+        rows = sae.W_dec
+        wide.W_dec[:D_SAE] = rows
+        wide.W_dec[D_SAE:] = -rows[3]
+        wide.W_dec[3], wide.W_dec[97], wide.W_dec[98] = -rows[3], rows[3], (rows[3] + rows[4] / 2) / 1.2
     return wide
 
 

@@ -157,7 +157,7 @@ def _label(options: Options, index: Index, labels: Labels) -> None:
         found = list(
             label_latents(
                 contexts, latents, judge, options.scorers, llm=explainer, labels=labels, progress=progress,
-                embed=_embed(options),
+                embed=embedder_of(options.embedding_model) if "embedding" in options.scorers else None,
             )
         )  # fmt: skip
     record: dict[str, Any] = {
@@ -219,16 +219,15 @@ def _cost(options: Options, contexts: Contexts, latents: Sequence[int], llm: LLM
             raise UserError("nothing was asked; use --yes to go on without this question")
 
 
-def _embed(options: Options) -> tuple[Embed, str] | None:
-    """A local embedding model where the scorer is asked for and there is one."""
-    if "embedding" not in options.scorers:
-        return None
+def embedder_of(folder: Path | None) -> tuple[Embed, str] | None:
+    """The embedding model in `folder`, or one that was downloaded; None where there is none and none is
+    named, which the scorer says."""
     try:
-        model = open_embedder(options.embedding_model)
+        model = open_embedder(folder)
     except UserError:
-        if options.embedding_model is not None:
+        if folder is not None:
             raise
-        return None  # the scorer says what is missing
+        return None
     return model.encode, model.id[:12]
 
 
