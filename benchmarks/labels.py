@@ -116,7 +116,7 @@ def embedder(lm: LanguageModel) -> tuple[Embed, str]:
     try:
         model = open_embedder()
     except UserError:
-        site = Site.parse(f"layers.{lm.layout.n_layers - 1}.resid_post")
+        site = Site.parse(f"layers.{lm.n_layers - 1}.resid_post")
     else:
         return model.encode, model.id[:12]
 
@@ -191,8 +191,9 @@ def measured(found: Result, reports: list[LabelReport]) -> None:
         found.row(name, sum(getattr(report, name) for report in reports), "concepts")
     for how in reports[0].ways:
         found.interval(f"found_by_{how}", rate([yes for r in reports for yes in r.ways[how].found.values()]))
-        guessed = [r.ways[how].guessed for r in reports if r.ways[how].guessed is not None]
-        found.row(f"guessed_by_{how}", float(np.mean(guessed)), "of unrelated concepts' latents")
+        guessed = [share for r in reports if (share := r.ways[how].guessed) is not None]
+        if guessed:
+            found.row(f"guessed_by_{how}", float(np.mean(guessed)), "of unrelated concepts' latents")
     rankings = [ranking for report in reports for ranking in report.rankings]
     for name in rankings[0].above:
         found.interval(f"true_first_{name}", rate([r.above[name] == r.wrong for r in rankings]))
