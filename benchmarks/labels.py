@@ -196,9 +196,9 @@ def measured(found: Result, reports: list[LabelReport]) -> None:
             found.row(f"guessed_by_{how}", float(np.mean(guessed)), "of unrelated concepts' latents")
     rankings = [ranking for report in reports for ranking in report.rankings]
     for name in rankings[0].above:
-        found.interval(f"true_first_{name}", rate([r.above[name] == r.wrong for r in rankings]))
+        found.interval(f"true_first_{name}", rate([r.above[name] == r.wrong[name] for r in rankings]))
         beaten = sum(r.above[name] for r in rankings)
-        found.row(f"wrong_beaten_{name}", beaten / sum(r.wrong for r in rankings), "of the wrong ones")
+        found.row(f"wrong_beaten_{name}", beaten / sum(r.wrong[name] for r in rankings), "of the wrong ones")
     for explainer in reports[0].labellers:
         values = [v for report in reports for v in report.labellers[explainer]["values"]]
         found.interval(

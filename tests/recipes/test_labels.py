@@ -42,7 +42,7 @@ def test_the_true_description_is_above_all_wrong_ones() -> None:
     contexts: Any = SimpleNamespace(config=SimpleNamespace(seed=0))
     standing = related(overlaps(DOCUMENTS))
     found = rank(contexts, _row(0.95, 0.01), _evidence(), standing, LexicalJudge(), seed=0)
-    assert found.wrong == WRONG == 20
+    assert set(found.wrong.values()) == {WRONG} == {20}
     assert {found.above[name] for name in (*RANKING, TOGETHER)} == {20}
     # The judge can also say no: a latent of something else does not go with the description of a drug.
     moved = _evidence()

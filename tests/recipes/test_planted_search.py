@@ -20,8 +20,8 @@ def test_a_concept_is_found_where_its_own_latent_is_in_the_answers() -> None:
     way = judged(rows, [{1, 2, 3}, {1, 9}, {3}, set()], related)
     assert dict(way.found) == {"a": True, "b": False, "c": True, "d": False}
     assert (way.share.value, way.share.n) == (0.5, 4) and 0 < way.share.low < 0.5 < way.share.high < 1
-    # Others' latents that may be taken for a guess: of a only c's (b is related, d has the same latent), which
-    # is there; of b c's and d's; of c and d the latents 1, 2, 1 and 2, 3.
+    # Guesses: for a the latent of c alone, which is there (b is related, d has the same latent); for b those
+    # of c and d; for c those of a, b and d; for d those of b and c.
     assert way.guessed == pytest.approx((1 + (0 + 1) + 0 + 0) / (1 + 2 + 3 + 2))
     assert judged(rows[:1], [{1}], related).guessed is None
 

@@ -402,16 +402,13 @@ def test_pages_that_have_nothing_to_show_say_so(page: Page, world: World) -> Non
 
 
 def test_hostile_text_is_shown_and_does_nothing(page: Page, world: World) -> None:
-    for latent, shown in (
-        (5, "<script>window.pwned=1</script>"),
-        (6, "שלום"),
-        (6, "🇪🇺"),
-        (7, "(10,000 characters)"),
-    ):
+    for latent, shown in ((5, "<script>window.pwned=1</script>"), (6, "שלום"), (7, "(10,000 characters)")):
         opened(page, f"{world.base}/latents/{latent}")
         expect(page.locator(".group.top .tokens").nth(0)).to_contain_text(shown)
         page.check("input[value=full]")
         expect(page.locator(".group.top .full").nth(0)).to_contain_text(shown)
+        if latent == 6:
+            expect(page.locator(".group.top .full").nth(0)).to_contain_text("👩‍👩‍👧🇪🇺")
         page.check("input[value=stacked]")
         assert page.evaluate("document.documentElement.scrollWidth") <= 1280
         page.check("input[value=snippet]")

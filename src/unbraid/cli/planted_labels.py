@@ -17,7 +17,7 @@ from unbraid.features.labels.contexts import ContextConfig
 from unbraid.features.labels.endpoint import Endpoint, EndpointConfig
 from unbraid.features.labels.llm import LLM
 from unbraid.manifest.errors import UserError
-from unbraid.recipes.labels import PURE, RANKING, TOGETHER, WRONG, LabelReport, practice_labels
+from unbraid.recipes.labels import PURE, RANKING, TOGETHER, LabelReport, practice_labels
 from unbraid.recipes.planted_search import FIRST
 from unbraid.stats.bootstrap import Interval
 
@@ -83,11 +83,11 @@ def show(report: LabelReport, sae: Path) -> None:
     names = list(report.first)
     table = Table("concept", "latent", "purity", *names, "found by")
     for one in report.rankings:
-        cells = [f"{one.above[name]}/{one.wrong}" for name in names]
+        cells = [f"{one.above[name]}/{one.wrong[name]}" for name in names]
         found = ", ".join(how for how, way in report.ways.items() if way.found[one.concept])
         table.add_row(one.concept, str(one.latent), f"{one.purity:.2f}", *cells, found or "nothing")
     Console().print(table)
-    print(f"above how many of {WRONG} wrong descriptions the true one is")
+    print("above how many of the wrong descriptions the true one is")
     for name, share in report.first.items():
         judge = f", judged by the {report.judge} judge" if name in (*RANKING, TOGETHER) else ""
         print(f"{name}: above all of them for {_of(share)}{judge}")

@@ -47,6 +47,8 @@ TOGETHER = "together"
 """The sum of the three scorers, which ask for a window, for marked tokens and for every token."""
 OTHERS = ("embedding", "surprisal", "intervention")
 """Scorers without a judge, which have no part in the sum: they ask a model that has to understand English."""
+FEW = 3
+"""Wrong descriptions that these slow ones score."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ class Ranking:
     """The true description."""
     above: Mapping[str, int]
     """By scorer, how many of the wrong descriptions scored less."""
-    wrong: int
-    """How many there were."""
+    wrong: Mapping[str, int]
+    """By scorer, how many there were."""
     best_wrong: Mapping[str, str]
     """By scorer, the concept of the best of them."""
     scores: Mapping[str, float | None]
@@ -123,7 +125,7 @@ def practice_labels(
     embedding scorer.  Raises UserError where no concept has a pure latent.
     """
     judge = judge or LexicalJudge()
-    _, found = practice_concepts(sae, lm, conversations=count, seed=seed, progress=progress)
+    _, found = practice_concepts(sae, lm, conversations=count, seed=seed, floors=False, progress=progress)
     pure = [row for row in found["sae"] if is_pure(row)]
     if not pure:
         raise UserError(f"no concept has a latent of purity {PURE:g}; train the autoencoder longer or wider")
@@ -136,10 +138,8 @@ def practice_labels(
     notes: list[str] = []
     if silent:
         notes.append(f"{len(silent)} concepts with a pure latent have no description: {', '.join(silent)}")
-    evidence: dict[int, Evidence] = {}
-    for row in described:
-        if row.latent not in evidence:
-            evidence[row.latent] = contexts.evidence([row.latent])[0]
+    latents = sorted({row.latent for row in described})
+    evidence = dict(zip(latents, contexts.evidence(latents), strict=True))
     usable = [row for row in described if evidence[row.latent].positives and evidence[row.latent].negatives]
     notes += [f"{row.concept}: no test windows of both kinds" for row in described if row not in usable]
     standing, others = related(overlaps(indexed)), OTHERS if embed else OTHERS[1:]
@@ -148,7 +148,7 @@ def practice_labels(
         for number, row in enumerate(usable)
     )
     first = {
-        name: rate([ranking.above[name] == ranking.wrong for ranking in rankings])
+        name: rate([ranking.above[name] == ranking.wrong[name] for ranking in rankings])
         for name in (rankings[0].above if rankings else ())
     }
     asked = [document(c) for c in islice(conversations("test", seed=seed + 1, advice_share=0.5), count)]
@@ -206,7 +206,7 @@ def rank(
     seed: int,
 ) -> Ranking:
     """Score a concept's true description beside twenty wrong ones, drawn from all concepts in the text, by
-    the judge's scorers and by `others`."""
+    the judge's scorers, and a few of these by `others`."""
     true = describe(row.concept)
     assert true is not None
     texts = {name: text for name in sorted(related) if (text := describe(name)) and text != true}
@@ -219,7 +219,8 @@ def rank(
     }
     values[TOGETHER] = [sum(some) for some in zip(*values.values(), strict=True)]
     for name in others:
-        values[name] = [_value(score) for score in score_labels(contexts, labelled, name, judge, embed)]
+        few = labelled[: FEW + 1]
+        values[name] = [_value(score) for score in score_labels(contexts, few, name, judge, embed)]
     best = {name: names[int(np.argmax(some[1:]))] for name, some in values.items()}
     return Ranking(
         row.concept,
@@ -227,7 +228,7 @@ def rank(
         row.metrics["purity"].value,
         true,
         {name: sum(some[0] > other for other in some[1:]) for name, some in values.items()},
-        len(names),
+        {name: len(some) - 1 for name, some in values.items()},
         best,
         {name: some[0] for name, some in values.items()},
     )
