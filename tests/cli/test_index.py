@@ -6,13 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from unbraid.cli import main
 from unbraid.features.page import Index
-from unbraid.model.load import load_model
-from unbraid.sae.base import SAEConfig
-from unbraid.sae.registry import build
+
+from .conftest import index_words
 
 TEXTS = [
     f"The {a} would like a {b} and water."
@@ -24,23 +22,7 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def words(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The command line of an index without --out."""
-    folder = tmp_path_factory.mktemp("inputs")
-    lm = load_model(tiny_llama)
-    sae = build(SAEConfig("topk", lm.d_in, 16, k=4, site="layers.1.resid_post", model_id=lm.id))
-    with torch.no_grad():
-        sae.W_dec.copy_(torch.eye(16, lm.d_in))
-        sae.W_enc.copy_(sae.W_dec.T)
-    sae.save_pretrained(folder / "sae")
-    (folder / "text.txt").write_text("\n\n".join(TEXTS))
-    words = [
-        "index",
-        "--sae",
-        str(folder / "sae"),
-        "--model",
-        str(tiny_llama),
-        "--text",
-        str(folder / "text.txt"),
-    ]
+    words = index_words(tmp_path_factory.mktemp("inputs"), tiny_llama, TEXTS, d_sae=16, k=4)
     return [*words, "--part", "60"]
 
 

@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from unbraid.cli import main
 from unbraid.features.labels.store import Labels, labels_path
 from unbraid.features.page import Index
-from unbraid.model.load import load_model
-from unbraid.sae.base import SAEConfig
-from unbraid.sae.registry import build
+
+from .conftest import index_words
 
 WORDS = ["storm", "onions", "tablets", "refund", "ball", "doctor", "water", "order", "pan", "dose"]
 FEW = ["--length", "8", "--train", "8", "--positives", "8", "--negatives", "8", "--passages", "40"]
@@ -25,17 +23,9 @@ FEW = ["--length", "8", "--train", "8", "--positives", "8", "--negatives", "8", 
 @pytest.fixture(scope="module")
 def index(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("label")
-    lm = load_model(tiny_llama)
-    sae = build(SAEConfig("topk", lm.d_in, 64, k=3, site="layers.1.resid_post", model_id=lm.id))
-    with torch.no_grad():
-        directions = torch.randn(64, lm.d_in, generator=torch.Generator().manual_seed(0))
-        sae.W_dec.copy_(directions / directions.norm(dim=1, keepdim=True))
-        sae.W_enc.copy_(sae.W_dec.T)
-    sae.save_pretrained(folder / "sae")
     texts = [f"I would like the {a} and then the {b}." for a in WORDS for b in WORDS]
-    (folder / "text.txt").write_text("\n\n".join(texts))
-    words = ["index", "--sae", str(folder / "sae"), "--model", str(tiny_llama)]
-    assert main([*words, "--text", str(folder / "text.txt"), "--out", str(folder / "index")]) == 0
+    words = index_words(folder, tiny_llama, texts, d_sae=64, k=3)
+    assert main([*words, "--out", str(folder / "index")]) == 0
     return folder / "index"
 
 

@@ -7,37 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from unbraid.cli import main
 from unbraid.features.labels.store import Labels
 from unbraid.features.page import Index
-from unbraid.model.load import load_model
-from unbraid.sae.base import SAEConfig
-from unbraid.sae.registry import build
+from unbraid.sae.formats.detect import detect
+
+from .conftest import index_words
 
 
 @pytest.fixture(scope="module")
 def index(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, lm = tmp_path_factory.mktemp("verb"), load_model(tiny_llama)
-    sae = build(SAEConfig("topk", lm.d_in, 48, k=4, site="layers.1.resid_post", model_id=lm.id))
-    with torch.no_grad():
-        directions = torch.randn(48, lm.d_in, generator=torch.Generator().manual_seed(0))
-        sae.W_dec.copy_(directions / directions.norm(dim=1, keepdim=True))
-        sae.W_enc.copy_(sae.W_dec.T)
-    sae.save_pretrained(folder / "sae")
-    np.save(folder / "direction.npy", sae.W_dec[7].detach().numpy())
+    folder = tmp_path_factory.mktemp("verb")
     texts = [f"the [bold]red[/] {a} and the {b}" for a in ("ball", "pan", "dose") for b in ("storm", "order")]
-    (folder / "text.txt").write_text("\n\n".join(texts))
-    words = [
-        "index",
-        "--sae",
-        str(folder / "sae"),
-        "--model",
-        str(tiny_llama),
-        "--text",
-        str(folder / "text.txt"),
-    ]
+    words = index_words(folder, tiny_llama, texts, d_sae=48, k=4)
+    np.save(folder / "direction.npy", detect(folder / "sae").load().W_dec[7].detach().numpy())
     assert main([*words, "--out", str(folder / "index")]) == 0
     return folder / "index"
 

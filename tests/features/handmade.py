@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from unbraid.features.finish import SAMPLED
 from unbraid.features.groups import HISTOGRAM_BINS, level_edges
 from unbraid.features.page import Index
 from unbraid.features.tables import (
@@ -42,6 +43,8 @@ class Made:
     """(neighbour, tokens on which both fire)"""
     decoder: Sequence[tuple[int, float]] = ()
     """(neighbour, cosine)"""
+    beside: Sequence[tuple[str, int, float]] = ()
+    """(id of another autoencoder, neighbour in it, decoder cosine)"""
 
 
 def handmade(
@@ -81,12 +84,13 @@ def handmade(
                 for first in range(0, len(latents), per):
                     block = [row for latent in made[first : first + per] for row in latent[table]]
                     writer.write(pa.Table.from_pylist(block, SCHEMAS[table]))
+        pq.write_table(_sampled(passages, latents), folder / SAMPLED)
         write_manifest(
             folder,
             kind="index",
             command="",
             seed=0,
-            inputs={"sae": "an autoencoder", "model": "a model", **(inputs or {})},
+            inputs={"sae": "an autoencoder", "model": "a model", "documents": "a text", **(inputs or {})},
             facts={
                 "layout": LAYOUT,
                 "site": "layers.1.resid_post",
@@ -94,10 +98,22 @@ def handmade(
                 "d_sae": len(latents),
                 "tokens": tokens,
                 "strata": [],
-                "config": {"quantiles": 4, "per_group": 2, "window": REACH},
+                "config": {"quantiles": 4, "per_group": 2, "window": REACH, "seed": 0},
             },
         )
     return Index(out)
+
+
+def _sampled(passages: Sequence[Sequence[str]], latents: Sequence[Made]) -> pa.Table:
+    """Every token as a sampled one, by its place in the corpus, with the latents that fire on it."""
+    firing: dict[tuple[int, int], list[int]] = {
+        (p, i): [] for p, some in enumerate(passages) for i in range(len(some))
+    }
+    for number, latent in enumerate(latents):
+        for passage, position, _ in latent.fires:
+            firing[passage, position].append(number)
+    columns = {"key": pa.array(range(len(firing)), pa.uint64())}
+    return pa.table({**columns, "latents": pa.array(firing.values(), pa.list_(pa.int32()))})
 
 
 def _rows(
@@ -162,6 +178,10 @@ def _rows(
         "neighbours": [
             {"latent": number, "kind": "decoder", "sae": None, "rank": rank, "neighbour": other, "cosine": c}
             for rank, (other, c) in enumerate(latent.decoder)
+        ]
+        + [
+            {"latent": number, "kind": "decoder", "sae": sae, "rank": rank, "neighbour": other, "cosine": c}
+            for rank, (sae, other, c) in enumerate(latent.beside)
         ],
         "coactive": [
             {

@@ -231,6 +231,8 @@ def test_delphi_of_a_part(real: Index, sae: SAE, lm: LanguageModel, tmp_path: Pa
     folder = delphi.export(real, tmp_path / "part", sae, lm, tokens=30, context=15, files=1)
     data = load_file(folder / "layers.1.resid_post" / "0_95.safetensors")
     assert 2 <= len(data["tokens"]) <= 3 and data["locations"][:, 0].max() < len(data["tokens"])
+    # Whoever may read the one may read the other, though safetensors makes files for their owner alone.
+    assert len({path.stat().st_mode for path in (folder / "layers.1.resid_post").iterdir()}) == 1
     with pytest.raises(UserError, match="at least 1"):
         delphi.export(real, tmp_path / "none", sae, lm, files=0)
     with pytest.raises(UserError, match="tokens and a row 256; give more"):
@@ -355,6 +357,26 @@ def test_labels_of_another_source_are_refused_unless_they_are_meant(
     assert "1 labels proposed" in said(str(other), "--source", "20-gemmascope-res-16k")
     assert "0 labels proposed" in said(str(other), "--source", "20-gemmascope-res-16k")
     assert sorted(label.text for label in labels.of(1)) == ["pans", "red"]
+    labels.path.unlink()
+
+
+@pytest.mark.parametrize("name", ["batch-0.jsonl.gz", "batch-0.jsonl", "explanations"])
+def test_neuronpedias_files_are_told_from_ours(
+    index: Index, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [{**OURS, "index": "1", "description": "red"}]
+    path = tmp_path / name
+    if name == "batch-0.jsonl":
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    else:
+        _file(path if path.suffix == ".gz" else path / "batch-0.jsonl.gz", records)
+    words = ["label", "--index", str(index.folder), "--import", str(path)]
+    assert main(words) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert str(path) in said and "--format neuronpedia" in said
+    assert main([*words, "--format", "neuronpedia"]) == 0
+    labels = Labels.of_index(index)
+    assert [label.text for label in labels.of(1)] == ["red"]
     labels.path.unlink()
 
 

@@ -9,7 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import save_file
 
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.files import building, write_bytes, write_json, write_text, writing
@@ -23,6 +27,25 @@ def test_writers_write_and_leave_nothing_beside(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "b.txt").read_bytes() == "ø\r\n".encode()
     assert json.loads((tmp_path / "new" / "c.json").read_text()) == {"a": [2], "b": 1}
     assert len(list((tmp_path / "new").iterdir())) == 3
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_the_umask_says_who_may_read_a_file_whoever_writes_it(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with building(tmp_path / "out") as folder:
+            write_bytes(folder / "bytes", b"x")
+            write_text(folder / "text", "x")
+            write_json(folder / "json", "x")
+            with writing(folder / "tensors") as temporary:
+                save_file({"x": np.zeros(2)}, temporary)
+            with writing(folder / "table") as temporary:
+                pq.write_table(pa.table({"x": [1]}), temporary)
+    finally:
+        os.umask(before)
+    found = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert found == dict.fromkeys(("bytes", "text", "json", "tensors", "table"), 0o666 & ~umask)
 
 
 def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from unbraid.features.labels.judges import LexicalJudge
 from unbraid.practice.corpus import conversations
 from unbraid.practice.lexicon import DRUG_DOSES
 from unbraid.recipes.concepts import document
-from unbraid.recipes.labels import RANKING, TOGETHER, WRONG, is_pure, overlaps, rank
+from unbraid.recipes.labels import RANKING, TOGETHER, WRONG, is_pure, overlaps, rank, related
 from unbraid.stats.bootstrap import Interval
 
 DOCUMENTS = [document(c) for c in islice(conversations("fit", seed=2, advice_share=0.5), 120)]
@@ -40,15 +40,15 @@ def _row(purity: float, p: float | None) -> ConceptRow:
 
 def test_the_true_description_is_above_all_wrong_ones() -> None:
     contexts: Any = SimpleNamespace(config=SimpleNamespace(seed=0))
-    shares = overlaps(DOCUMENTS)
-    found = rank(contexts, _row(0.95, 0.01), _evidence(), shares, LexicalJudge(), seed=0)
-    assert found.wrong == WRONG == 20
+    standing = related(overlaps(DOCUMENTS))
+    found = rank(contexts, _row(0.95, 0.01), _evidence(), standing, LexicalJudge(), seed=0)
+    assert set(found.wrong.values()) == {WRONG} == {20}
     assert {found.above[name] for name in (*RANKING, TOGETHER)} == {20}
     # The judge can also say no: a latent of something else does not go with the description of a drug.
     moved = _evidence()
     for window in moved.positives:
         window.activations[:] = np.roll(window.activations, 3)
-    other = rank(contexts, _row(0.95, 0.01), moved, shares, LexicalJudge(), seed=0)
+    other = rank(contexts, _row(0.95, 0.01), moved, standing, LexicalJudge(), seed=0)
     assert other.above["fuzzing"] < 20
 
 
@@ -57,6 +57,9 @@ def test_concepts_at_the_same_place_are_related() -> None:
     assert shares["drug=Zolvane"]["drug"] == pytest.approx(1)
     assert 0 < shares["drug"]["drug=Zolvane"] < 0.5
     assert shares["drug"].get("symptom", 0.0) == 0
+    standing = related(shares)
+    assert "drug=Zolvane" in standing["drug"] and "drug" in standing["drug=Zolvane"]
+    assert "symptom" not in standing["drug"]
 
 
 def test_a_pure_latent_stands_out_and_fires_nowhere_else() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 from fastapi.testclient import TestClient
 
 from unbraid.features.page import Index
-from unbraid.features.structure import build_structure
+from unbraid.features.structure import StructureConfig, Wider, build_structure
+from unbraid.features.structure_kinds import Kinds
 from unbraid.manifest.record import write_manifest
 from unbraid.model.load import LanguageModel, load_model
 from unbraid.sae.base import SAE, SAEConfig
@@ -76,7 +78,18 @@ def sae(lm: LanguageModel) -> SAE:
     return sae
 
 
-def make_index(folder: Path, sae_id: str, lm: LanguageModel) -> Index:
+def wider_sae(sae: SAE) -> SAE:
+    """Its latents but the third, and four more, two of which point where that one does."""
+    wide = build(dataclasses.replace(sae.config, d_sae=D_SAE + 4))
+    with torch.no_grad():
+        rows = sae.W_dec
+        wide.W_dec[:D_SAE] = rows
+        wide.W_dec[D_SAE:] = -rows[3]
+        wide.W_dec[3], wide.W_dec[97], wide.W_dec[98] = -rows[3], rows[3], (rows[3] + rows[4] / 2) / 1.2
+    return wide
+
+
+def make_index(folder: Path, sae_id: str, lm: LanguageModel, wide_id: str) -> Index:
     """An index in which a latent fires on ordinary text, some on hostile text, and most never."""
 
     def fires(passage: int, every: int = 1, first: int = 0) -> list[tuple[int, int, float]]:
@@ -86,6 +99,7 @@ def make_index(folder: Path, sae_id: str, lm: LanguageModel) -> Index:
     latents = [Made() for _ in range(D_SAE)]
     promoted = [SCRIPT, RTL, OVERRIDE, "👩‍👩‍👧", LONG, " mg", "", "\n"]
     latents[3] = Made([*fires(0, 4, 2), (4, 2, 1.5)], [" refund", " package"], [" no"], [(5, 2)], [(5, 0.9)])
+    latents[3].beside = [(wide_id, 98, 0.8), ("an autoencoder elsewhere", 2, 0.7)]
     latents[5] = Made(fires(1), promoted, promoted[::-1], [(3, 2)], [(3, 0.9), (6, 0.5)])
     latents[6] = Made(fires(2), promoted, promoted)
     latents[7] = Made(fires(3), promoted[:2], promoted[2:])
@@ -94,14 +108,29 @@ def make_index(folder: Path, sae_id: str, lm: LanguageModel) -> Index:
     return handmade(folder, PASSAGES, latents, inputs=inputs)
 
 
+def make_wider(folder: Path, sae_id: str, lm: LanguageModel) -> Index:
+    """An index of the same text in which latent 3 is two: what fires on " package" and on the rest."""
+    latents = [Made() for _ in range(D_SAE + 4)]
+    places = [i for i in range(2, len(PASSAGES[0]), 4)]
+    latents[97] = Made([(0, i, 2.0) for i in places[::2]])
+    latents[98] = Made([(0, i, 2.0) for i in places[1::2]])
+    return handmade(folder, PASSAGES, latents, inputs={"sae": sae_id, "model": lm.id})
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory, lm: LanguageModel, sae: SAE) -> World:
     folder = tmp_path_factory.mktemp("browsed")
     sae.save_pretrained(folder / "sae")
     made = write_manifest(folder / "sae", kind="sae", command="", seed=0, inputs={"model": lm.id}, facts={})
-    index = make_index(folder / "index", made.id, lm)
+    wide = wider_sae(sae)
+    wider = make_wider(folder / "wider", "a wider autoencoder", lm)
+    index = make_index(folder / "index", made.id, lm, "a wider autoencoder")
     make_empty(folder / "empty", made.id, lm)
-    build_structure(index, sae, folder / "structure")
+    build_structure(
+        index, sae, folder / "structure",
+        StructureConfig(Kinds(dense=0.5), contained=0.5, support=3),
+        wider=Wider(wide, "a wider autoencoder"), wider_index=wider,
+    )  # fmt: skip
     make_finding(folder / "finding", sae, made.id, lm)
     shelf = Shelf.open(folder)
     source = next(s for s in shelf.sources if s.index.manifest.id == index.manifest.id)

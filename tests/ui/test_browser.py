@@ -244,6 +244,26 @@ def test_searching_and_going_places(page: Page, world: World) -> None:
     expect(page).to_have_url(re.compile(r"/latents/6\.json$"))
 
 
+def test_the_parts_of_a_latent_lead_to_the_wider_index(page: Page, world: World) -> None:
+    wider = next(s for s in world.shelf.sources if s.name == "wider")
+    opened(page, f"{world.base}/latents/3")
+    parts = page.locator("#contained a.num")
+    expect(parts).to_have_text(["97", "98"])
+    expect(page.locator("#contained")).to_contain_text("97 (6 of its 6 firings, 61")
+    expect(page.locator("#children a.num")).to_have_text(["97", "98"])
+    parts.nth(1).click()
+    expect(page).to_have_url(re.compile(f"/i/{wider.key}/latents/98$"))
+    expect(page.locator("h1")).to_have_text("Latent 98")
+    page.go_back()
+    page.click("#contained a:not(.num)")
+    expect(page).to_have_url(re.compile(f"/i/{wider.key}$"))
+    page.go_back()
+    beside = page.locator("#neighbours li", has_text="of wider")
+    expect(beside.locator("a")).to_have_text("98")
+    elsewhere = page.locator("#neighbours li", has_text="of an autoencod")
+    expect(elsewhere.locator("a")).to_have_count(0)
+
+
 def test_the_table_of_latents_filters(page: Page, world: World) -> None:
     opened(page, world.base)
     page.fill("input[name=token]", "refund")
@@ -387,6 +407,8 @@ def test_hostile_text_is_shown_and_does_nothing(page: Page, world: World) -> Non
         expect(page.locator(".group.top .tokens").nth(0)).to_contain_text(shown)
         page.check("input[value=full]")
         expect(page.locator(".group.top .full").nth(0)).to_contain_text(shown)
+        if latent == 6:
+            expect(page.locator(".group.top .full").nth(0)).to_contain_text("👩‍👩‍👧🇪🇺")
         page.check("input[value=stacked]")
         assert page.evaluate("document.documentElement.scrollWidth") <= 1280
         page.check("input[value=snippet]")

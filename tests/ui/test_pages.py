@@ -11,6 +11,7 @@ from fastapi.testclient import TestClient
 from safetensors.numpy import load as load_safetensors
 
 from unbraid.ui.app import create_app
+from unbraid.ui.shelf import Shelf
 from unbraid.ui.workbench import Limits, Workbench
 
 from .conftest import LONG, OVERRIDE, RTL, SCRIPT, World
@@ -121,6 +122,33 @@ def test_the_map_has_every_latent_that_fires(client: TestClient, world: World) -
     assert client.get(f"{world.base}/latents/0.json").json()["structure"]["kinds"] == ["dead"]
     assert client.get(f"{world.empty}.json").json()["structure"] is None
     assert "unbraid structure --index empty" in client.get(world.empty).text
+
+
+def test_parts_and_neighbours_in_another_index_are_links_where_it_is_there(
+    client: TestClient, world: World
+) -> None:
+    wider = next(s for s in world.shelf.sources if s.name == "wider")
+    data = client.get(f"{world.base}/latents/3.json").json()
+    assert [part["child"] for part in data["structure"]["contained"]] == [97, 98]
+    assert {97, 98} <= {part["latent"] for part in data["structure"]["children"]}
+    page = client.get(f"{world.base}/latents/3").text
+    for latent in (97, 98):
+        assert f'href="/i/{wider.key}/latents/{latent}"' in page
+        assert client.get(f"/i/{wider.key}/latents/{latent}").status_code == 200
+    assert page.count(f'<a href="/i/{wider.key}"><bdi>wider</bdi></a>') == 2
+    beside = {n["latent"]: n for n in data["page"]["neighbours"] if n["sae"] is not None}
+    assert (beside[98]["index"], beside[98]["url"]) == ("wider", f"/i/{wider.key}/latents/98")
+    assert (beside[2]["index"], beside[2]["url"]) == (None, None) and "of <bdi>an autoencod</bdi>" in page
+
+    alone = Shelf(world.folder, (world.source,))
+    page = (
+        TestClient(create_app(alone, world.bench), base_url="http://127.0.0.1")
+        .get(f"{world.base}/latents/3")
+        .text
+    )
+    assert wider.key not in page.replace(wider.index.manifest.id[:12], "", 1)
+    assert f'{wider.index.manifest.id[:12]} in <bdi class="mono">{world.folder / "wider"}</bdi>' in page
+    assert page.count("(not below the folder that is browsed)") == 2
 
 
 def test_the_table_sorts_and_filters_as_the_index_would(client: TestClient, world: World) -> None:

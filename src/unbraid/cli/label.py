@@ -92,7 +92,7 @@ class Options:
     """Write all labels, reviews and lists as JSON Lines."""
     import_: Annotated[Path | None, tyro.conf.arg(name="import")] = None
     """Add what a file holds that is not here yet: lines of --export, or Neuronpedia's explanations, in a file
-    or a folder."""
+    or a folder; files may be gzip."""
     format: Literal["unbraid", "neuronpedia"] = "unbraid"
     """Who wrote what --import reads."""
     source: str = ""
@@ -157,7 +157,7 @@ def _label(options: Options, index: Index, labels: Labels) -> None:
         found = list(
             label_latents(
                 contexts, latents, judge, options.scorers, llm=explainer, labels=labels, progress=progress,
-                embed=_embed(options),
+                embed=embedder_of(options.embedding_model) if "embedding" in options.scorers else None,
             )
         )  # fmt: skip
     record: dict[str, Any] = {
@@ -219,16 +219,15 @@ def _cost(options: Options, contexts: Contexts, latents: Sequence[int], llm: LLM
             raise UserError("nothing was asked; use --yes to go on without this question")
 
 
-def _embed(options: Options) -> tuple[Embed, str] | None:
-    """A local embedding model where the scorer is asked for and there is one."""
-    if "embedding" not in options.scorers:
-        return None
+def embedder_of(folder: Path | None) -> tuple[Embed, str] | None:
+    """The embedding model in `folder`, or one that was downloaded; None where there is none and none is
+    named, which the scorer says."""
     try:
-        model = open_embedder(options.embedding_model)
+        model = open_embedder(folder)
     except UserError:
-        if options.embedding_model is not None:
+        if folder is not None:
             raise
-        return None  # the scorer says what is missing
+        return None
     return model.encode, model.id[:12]
 
 
@@ -241,8 +240,10 @@ def _show(found: Sequence[Found], scorers: Sequence[str]) -> None:
         text = one.explanation.text or f"none: {one.explanation.why_not}"
         table.add_row(str(one.latent), one.label.id if one.label else "–", Text(text), *cells, windows)
     Console().print(table)
-    for score in next((one.scores for one in found if one.scores), ()):
-        print(f"{score.scorer}: judged by {score.judge}; knowing nothing gives {score.chance:g}")
+    for of_all in zip(*(one.scores for one in found if one.scores), strict=True):
+        low, high = (f"{end(score.chance for score in of_all):.3g}" for end in (min, max))
+        nothing = low if low == high else f"{low} to {high}"
+        print(f"{of_all[0].scorer}: judged by {of_all[0].judge}; knowing nothing gives {nothing}")
     for one in found:
         for note in one.notes:
             print(f"latent {one.latent}: {note}")

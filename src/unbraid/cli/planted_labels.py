@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from unbraid.cli.label import embedder_of
 from unbraid.cli.progress import shown
 from unbraid.cli.saes import open_sae
 from unbraid.features.labels.calls import Calls
@@ -16,7 +17,9 @@ from unbraid.features.labels.contexts import ContextConfig
 from unbraid.features.labels.endpoint import Endpoint, EndpointConfig
 from unbraid.features.labels.llm import LLM
 from unbraid.manifest.errors import UserError
-from unbraid.recipes.labels import PURE, WRONG, LabelReport, practice_labels
+from unbraid.recipes.labels import PURE, RANKING, TOGETHER, LabelReport, practice_labels
+from unbraid.recipes.planted_search import FIRST
+from unbraid.stats.bootstrap import Interval
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class PlantedLabels:
     """Address of an OpenAI-compatible endpoint whose model labels the latents too."""
     model_name: str = ""
     """The language model's name there."""
+    embedding_model: Path | None = None
+    """Folder of a local embedding model for the embedding scorer, which is left out where there is none."""
     key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key."""
     json: bool = False
@@ -57,32 +62,38 @@ def rank_descriptions(options: PlantedLabels) -> None:
     with shown("practice labels", "documents") as progress:
         report = practice_labels(
             sae, lm, options.out, sae_id=identity, count=options.conversations, seed=options.seed, llms=llms,
-            config=ContextConfig(seed=options.seed), progress=progress,
+            config=ContextConfig(seed=options.seed), embed=embedder_of(options.embedding_model),
+            progress=progress,
         )  # fmt: skip
     if options.json:
         record = {"sae": str(options.sae), "sae_id": identity, "seed": options.seed, **report.as_dict()}
         print(json.dumps(record, indent=2, ensure_ascii=False))
     else:
-        _show(report)
+        show(report, options.sae)
     for llm in llms:
         print(f"{llm.name}: {llm.endpoint.note()}; {llm.unread.twice} replies could not be read")
 
 
-def _show(report: LabelReport) -> None:
-    names = list(report.first)
-    table = Table("concept", "latent", "purity", *names)
-    for one in report.rankings:
-        cells = [f"{one.above[name]}/{one.wrong}" for name in names]
-        table.add_row(one.concept, str(one.latent), f"{one.purity:.2f}", *cells)
-    Console().print(table)
+def show(report: LabelReport, sae: Path) -> None:
+    """Print which concepts have a pure latent, how they are found, and how their descriptions fare."""
     print(
-        f"above how many of {WRONG} wrong descriptions the true one is; concepts of purity {PURE:g} or more"
+        f"{sae}: of {report.concepts} planted concepts {report.standing_out} have a latent that stands out,"
+        f" {report.pure} of these a pure one ({PURE:g} or more of its firings are on the concept)"
     )
+    names = list(report.first)
+    table = Table("concept", "latent", "purity", *names, "found by")
+    for one in report.rankings:
+        cells = [f"{one.above[name]}/{one.wrong[name]}" for name in names]
+        found = ", ".join(how for how, way in report.ways.items() if way.found[one.concept])
+        table.add_row(one.concept, str(one.latent), f"{one.purity:.2f}", *cells, found or "nothing")
+    Console().print(table)
+    print("above how many of the wrong descriptions the true one is")
     for name, share in report.first.items():
-        print(
-            f"{name}: above all of them for {share.value:.0%} of {share.n} concepts"
-            f" ({share.low:.0%} to {share.high:.0%}), judged by the {report.judge} judge"
-        )
+        judge = f", judged by the {report.judge} judge" if name in (*RANKING, TOGETHER) else ""
+        print(f"{name}: above all of them for {_of(share)}{judge}")
+    for how, way in report.ways.items():
+        guessed = "" if way.guessed is None else f"; of unrelated concepts' latents {way.guessed:.0%}"
+        print(f"found by {how}, in the first {FIRST}: {_of(way.share)}{guessed}")
     for name, found in report.labellers.items():
         d = found["detection"]
         print(
@@ -91,3 +102,10 @@ def _show(report: LabelReport) -> None:
         )
     for note in report.notes:
         print(note)
+
+
+def _of(share: Interval) -> str:
+    return (
+        f"{round(share.value * share.n)} of {share.n} concepts, {share.value:.0%}"
+        f" ({share.low:.0%} to {share.high:.0%})"
+    )

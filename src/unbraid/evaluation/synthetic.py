@@ -35,7 +35,7 @@ from unbraid.activations.shards import COLUMNS, ShardWriter, row_bytes
 from unbraid.activations.space import Space
 from unbraid.activations.store import KIND, ActivationStore
 from unbraid.manifest.errors import IntegrityError, UserError
-from unbraid.manifest.files import building
+from unbraid.manifest.files import building, writing
 from unbraid.manifest.identity import sha256_file
 from unbraid.manifest.progress import Progress
 from unbraid.manifest.record import read_manifest, write_manifest
@@ -207,7 +207,8 @@ class Planted:
     def save(self, path: Path) -> None:
         """Write the truth as safetensors: directions, probabilities and all that samples are drawn from."""
         names = [field.name for field in fields(self) if field.name != "config"]
-        save_file({name: np.ascontiguousarray(getattr(self, name)) for name in names}, path)
+        with writing(path) as temporary:
+            save_file({name: np.ascontiguousarray(getattr(self, name)) for name in names}, temporary)
 
 
 def write_world(

@@ -24,13 +24,19 @@ def writing(path: Path) -> Generator[Path, None, None]:
     """Yield a temporary path beside `path`; on a clean exit flush it to disk and rename it to `path`.
 
     For libraries that write a file themselves (Parquet, safetensors); its folder is made if it is missing.
-    On an error the temporary file is removed and whatever stood at `path` stays. Raises OSError, naming
-    `path`, when the disk is full or the system refuses otherwise.
+    Whoever writes it, the umask says who may read it.  On an error the temporary file is removed and whatever
+    stood at `path` stays. Raises OSError, naming `path`, when the disk is full or the system refuses
+    otherwise.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
     with becoming(temporary, path):
+        temporary.touch()
+        usual = temporary.stat().st_mode
+        temporary.unlink()
         yield temporary
+        if temporary.stat().st_mode != usual:  # safetensors leaves it to its owner alone
+            temporary.chmod(usual)
         settle(temporary, path)
 
 

@@ -19,23 +19,31 @@ UNTRAINED, RANDOM = "untrained", "random directions"
 
 
 def practice_concepts(
-    sae: SAE, lm: LanguageModel, *, conversations: int, seed: int, progress: Progress | None = None
+    sae: SAE,
+    lm: LanguageModel,
+    *,
+    conversations: int,
+    seed: int,
+    floors: bool = True,
+    progress: Progress | None = None,
 ) -> tuple[SuiteResult, dict[str, list[ConceptRow]]]:
     """Purity, completeness, splitting and absorption of every planted concept.
 
     Half of the conversations are medical-advice probes; all are from the world's test split, so neither the
     assistant nor the demo's autoencoders have seen them. The rows are `sae`, an untrained autoencoder of its
-    width and L0, and random directions that fire as often as its latents. Raises UserError when the
-    autoencoder does not fit the model, or when there are too few conversations.
+    width and L0, and random directions that fire as often as its latents; without `floors` the first alone.
+    Raises UserError when the autoencoder does not fit the model, or when there are too few conversations.
     """
     check_fit(sae, lm, sae.site)
     half = conversations // 2
     said = [*red_team("test", conversations - half, seed=seed), *benign("test", half, seed=seed)]
     documents = [document(conversation) for conversation in said]
     reading = Reading(sae.site)
-    x = sample(lm, documents[:: max(1, len(documents) // 200)], reading)
-    saes = {"sae": sae, UNTRAINED: untrained(sae, x, seed), RANDOM: random_directions(sae, x, seed)}
-    result, found = concepts(saes, (UNTRAINED, RANDOM), lm, documents, reading, seed, progress=progress)
+    saes = {"sae": sae}
+    if floors:
+        x = sample(lm, documents[:: max(1, len(documents) // 200)], reading)
+        saes |= {UNTRAINED: untrained(sae, x, seed), RANDOM: random_directions(sae, x, seed)}
+    result, found = concepts(saes, tuple(saes)[1:], lm, documents, reading, seed, progress=progress)
     return replace(result, site=str(sae.site)), found
 
 

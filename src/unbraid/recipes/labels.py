@@ -1,6 +1,7 @@
 """Labels on the practice assistant: do scorers rank a concept's true description above wrong ones?
 
-Concepts with a pure latent are found where the answers are known (`evaluation.concepts`).  For each, its true
+Concepts with a pure latent are found where the answers are known (`evaluation.concepts`), and looked for in
+every way that there is (`planted_search`).  For each, its true
 description and twenty of others go through every scorer on windows in which the index shows that latent.  The
 descriptions were written beforehand, from the world's word lists (`practice.descriptions`).  A concept that
 stands mostly at the same tokens, such as the value of a slot and the slot, is no wrong one.
@@ -20,6 +21,7 @@ from unbraid.activations.documents import Document
 from unbraid.evaluation.concepts import ALPHA, ConceptRow
 from unbraid.features.index import IndexConfig, build_index
 from unbraid.features.labels.contexts import ContextConfig, Contexts, Evidence
+from unbraid.features.labels.embedding import Embed
 from unbraid.features.labels.judges import Judge, LexicalJudge
 from unbraid.features.labels.labelling import explanations_of, score_labels
 from unbraid.features.labels.llm import LLM
@@ -30,6 +32,7 @@ from unbraid.model.load import LanguageModel
 from unbraid.practice.corpus import conversations
 from unbraid.practice.descriptions import describe
 from unbraid.recipes.concepts import document, practice_concepts
+from unbraid.recipes.planted_search import Related, Way, ways
 from unbraid.sae.base import SAE
 from unbraid.stats.bootstrap import Interval, bootstrap_mean, rate
 
@@ -42,6 +45,10 @@ RELATED = 0.2
 RANKING = ("detection", "fuzzing", "simulation")
 TOGETHER = "together"
 """The sum of the three scorers, which ask for a window, for marked tokens and for every token."""
+OTHERS = ("embedding", "surprisal", "intervention")
+"""Scorers without a judge, which have no part in the sum: they ask a model that has to understand English."""
+FEW = 3
+"""Wrong descriptions that these slow ones score."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +65,8 @@ class Ranking:
     """The true description."""
     above: Mapping[str, int]
     """By scorer, how many of the wrong descriptions scored less."""
-    wrong: int
-    """How many there were."""
+    wrong: Mapping[str, int]
+    """By scorer, how many there were."""
     best_wrong: Mapping[str, str]
     """By scorer, the concept of the best of them."""
     scores: Mapping[str, float | None]
@@ -72,6 +79,14 @@ class LabelReport:
 
     judge: str
     """Who judged."""
+    concepts: int
+    """How many concepts were measured."""
+    standing_out: int
+    """How many of them have a latent that stands out among all."""
+    pure: int
+    """How many of these are pure."""
+    ways: Mapping[str, Way]
+    """By way of searching, which of the ranked concepts are found."""
     rankings: tuple[Ranking, ...]
     """One for each concept with a pure latent and a description."""
     first: Mapping[str, Interval]
@@ -84,7 +99,8 @@ class LabelReport:
     def as_dict(self) -> dict[str, Any]:
         """Everything as JSON values."""
         first = {name: interval.as_dict() for name, interval in self.first.items()}
-        return {**asdict(self), "first": first}
+        ways = {name: way.as_dict() for name, way in self.ways.items()}
+        return {**asdict(self), "first": first, "ways": ways}
 
 
 def practice_labels(
@@ -97,6 +113,7 @@ def practice_labels(
     seed: int = 0,
     judge: Judge | None = None,
     llms: Sequence[LLM] = (),
+    embed: tuple[Embed, str] | None = None,
     config: ContextConfig | None = None,
     progress: Progress | None = None,
 ) -> LabelReport:
@@ -104,11 +121,11 @@ def practice_labels(
 
     Concepts are looked for in `count` conversations of the world's test split, latents are indexed in as
     many of its fit split, into the folder `out`.  The lexical explainer and each of `llms` label the latents
-    of all ranked concepts, judged by `judge`, the lexical one when left out.  Raises UserError where no
-    concept has a pure latent.
+    of all ranked concepts, judged by `judge`, the lexical one when left out; without `embed` there is no
+    embedding scorer.  Raises UserError where no concept has a pure latent.
     """
     judge = judge or LexicalJudge()
-    _, found = practice_concepts(sae, lm, conversations=count, seed=seed, progress=progress)
+    _, found = practice_concepts(sae, lm, conversations=count, seed=seed, floors=False, progress=progress)
     pure = [row for row in found["sae"] if is_pure(row)]
     if not pure:
         raise UserError(f"no concept has a latent of purity {PURE:g}; train the autoencoder longer or wider")
@@ -121,26 +138,27 @@ def practice_labels(
     notes: list[str] = []
     if silent:
         notes.append(f"{len(silent)} concepts with a pure latent have no description: {', '.join(silent)}")
-    evidence: dict[int, Evidence] = {}
-    for row in described:
-        if row.latent not in evidence:
-            evidence[row.latent] = contexts.evidence([row.latent])[0]
+    latents = sorted({row.latent for row in described})
+    evidence = dict(zip(latents, contexts.evidence(latents), strict=True))
     usable = [row for row in described if evidence[row.latent].positives and evidence[row.latent].negatives]
     notes += [f"{row.concept}: no test windows of both kinds" for row in described if row not in usable]
-    shares = overlaps(indexed)
+    standing, others = related(overlaps(indexed)), OTHERS if embed else OTHERS[1:]
     rankings = tuple(
-        rank(contexts, row, evidence[row.latent], shares, judge, seed=seed + number)
+        rank(contexts, row, evidence[row.latent], standing, judge, others, embed, seed=seed + number)
         for number, row in enumerate(usable)
     )
     first = {
-        name: rate([ranking.above[name] == ranking.wrong for ranking in rankings])
-        for name in (*RANKING, TOGETHER)
+        name: rate([ranking.above[name] == ranking.wrong[name] for ranking in rankings])
+        for name in (rankings[0].above if rankings else ())
     }
+    asked = [document(c) for c in islice(conversations("test", seed=seed + 1, advice_share=0.5), count)]
+    looked_for = ways(usable, contexts, asked, standing, seed=seed, progress=progress) if usable else {}
     chosen = [evidence[latent] for latent in sorted({row.latent for row in usable})]
     labellers = {"lexical": labeller(contexts, chosen, judge, None)}
     for llm in llms:
         labellers[llm.name] = labeller(contexts, chosen, judge, llm)
-    return LabelReport(judge.name, rankings, first, labellers, tuple(notes))
+    out_of = len(found["sae"]), sum(row.p_value is not None and row.p_value <= ALPHA for row in found["sae"])
+    return LabelReport(judge.name, *out_of, len(pure), looked_for, rankings, first, labellers, tuple(notes))
 
 
 def is_pure(row: ConceptRow) -> bool:
@@ -164,29 +182,45 @@ def overlaps(documents: Sequence[Document]) -> dict[str, dict[str, float]]:
     return {concept: {o: n / total[concept] for o, n in row.items()} for concept, row in both.items()}
 
 
+def related(shares: Mapping[str, Mapping[str, float]]) -> Related:
+    """For each concept those that stand at a fifth of its characters, or it at a fifth of theirs."""
+    return {
+        one: frozenset(
+            other
+            for other in shares
+            if shares[one].get(other, 0.0) >= RELATED or shares[other].get(one, 0.0) >= RELATED
+        )
+        for one in shares
+    }
+
+
 def rank(
     contexts: Contexts,
     row: ConceptRow,
     evidence: Evidence,
-    shares: Mapping[str, Mapping[str, float]],
+    related: Related,
     judge: Judge,
+    others: Sequence[str] = (),
+    embed: tuple[Embed, str] | None = None,
     *,
     seed: int,
 ) -> Ranking:
-    """Score a concept's true description beside twenty wrong ones, drawn from all concepts in the text."""
+    """Score a concept's true description beside twenty wrong ones, drawn from all concepts in the text, by
+    the judge's scorers, and a few of these by `others`."""
     true = describe(row.concept)
     assert true is not None
-    related = {name for name, share in shares.get(row.concept, {}).items() if share >= RELATED}
-    related |= {name for name in shares if shares[name].get(row.concept, 0.0) >= RELATED}
-    others = {name: text for name in sorted(shares) if (text := describe(name)) and text != true}
-    free = [name for name in others if name not in related and name != row.concept]
+    texts = {name: text for name in sorted(related) if (text := describe(name)) and text != true}
+    free = [name for name in texts if name not in related[row.concept] and name != row.concept]
     drawn = np.random.default_rng(seed).permutation(len(free))[:WRONG]
     names = [free[i] for i in drawn.tolist()]
-    labelled = [(text, evidence) for text in (true, *(others[name] for name in names))]
+    labelled = [(text, evidence) for text in (true, *(texts[name] for name in names))]
     values = {
         name: [_value(score) for score in score_labels(contexts, labelled, name, judge)] for name in RANKING
     }
     values[TOGETHER] = [sum(some) for some in zip(*values.values(), strict=True)]
+    for name in others:
+        few = labelled[: FEW + 1]
+        values[name] = [_value(score) for score in score_labels(contexts, few, name, judge, embed)]
     best = {name: names[int(np.argmax(some[1:]))] for name, some in values.items()}
     return Ranking(
         row.concept,
@@ -194,7 +228,7 @@ def rank(
         row.metrics["purity"].value,
         true,
         {name: sum(some[0] > other for other in some[1:]) for name, some in values.items()},
-        len(names),
+        {name: len(some) - 1 for name, some in values.items()},
         best,
         {name: some[0] for name, some in values.items()},
     )

@@ -264,7 +264,7 @@ def _add_neuronpedia(app: FastAPI, shelf: Shelf, bench: Workbench) -> None:
             vector = [float(v) for v in bench.vector(source, index)]
         except UserError:  # everything else about it is known without the autoencoder
             vector = None
-        return views.plain(readings.neuronpedia(source, index, vector))
+        return views.plain(readings.neuronpedia(shelf, source, index, vector))
 
     @app.post("/api/explanation/search")
     def explanation_search(body: ExplanationSearch) -> dict[str, Any]:  # pyright: ignore

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -9,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from unbraid.features.structure import Structure
-from unbraid.ui.shelf import Source
+from unbraid.features.structure import WIDER_INDEX, Structure
+from unbraid.ui.shelf import Shelf, Source
 
 MOST_POINTS = 3000
 """Latents drawn on a map; of more, so many at random."""
@@ -73,11 +74,31 @@ def _drawn(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], in
     return groups, points, len(placed)
 
 
-def place(source: Source, latent: int) -> dict[str, Any] | None:
-    """A latent's kinds, clusters, opposites and what it was split into; None without a structure."""
-    if source.structure is None:
+def place(shelf: Shelf, source: Source, latent: int) -> dict[str, Any] | None:
+    """A latent's kinds, clusters, opposites and what it was split into; None without a structure.
+
+    `wider` says of which index or autoencoder the parts are, and where it is.
+    """
+    structure = source.structure
+    if structure is None:
         return None
-    found = asdict(source.structure.of(latent))
+    found = asdict(structure.of(latent))
     found["antonyms"] = [{"latent": j, "cosine": cosine} for j, cosine in found["antonyms"]]
     found["children"] = [{"latent": j, "cosine": cosine} for j, cosine in found["children"]]
+    inputs, paths = structure.manifest.inputs, structure.manifest.paths or {}
+    found["wider"] = {}
+    for parts, name, what, number in (
+        ("children", "wider", "sae", "latent"),
+        ("contained", WIDER_INDEX, "index", "child"),
+    ):
+        if name in inputs:
+            other = shelf.of(what, inputs[name])
+            found["wider"][parts] = {
+                "id": inputs[name],
+                "name": other.name if other else None,
+                "url": f"/i/{other.key}" if other else None,
+                "path": os.path.normpath(structure.folder / paths[name]) if name in paths else None,
+            }
+            for part in found[parts]:
+                part["url"] = f"/i/{other.key}/latents/{part[number]}" if other else None
     return found

@@ -98,7 +98,7 @@ def add_pages(app: FastAPI, pages: Pages) -> None:
     @page("/i/{key}/latents/{latent}", "feature.html.j2")
     def feature(key: str, latent: int) -> dict[str, Any]:  # pyright: ignore[reportUnusedFunction]
         """Everything that is known about one latent."""
-        return views.feature(shelf.source(key), latent)
+        return views.feature(shelf, shelf.source(key), latent)
 
     @page("/i/{key}/search", "search.html.j2")
     def search(  # pyright: ignore[reportUnusedFunction]
@@ -135,7 +135,7 @@ def add_pages(app: FastAPI, pages: Pages) -> None:
         at: Annotated[int, Query(ge=-1, le=10**6)] = 0,
     ) -> dict[str, Any]:
         """One label that waits for a decision, and where the others are."""
-        return readings.review(shelf.source(key), by=by, status=status, at=at)
+        return readings.review(shelf, shelf.source(key), by=by, status=status, at=at)
 
     @app.get("/go", include_in_schema=False)
     def go(index: str, latent: str = "") -> Response:  # pyright: ignore[reportUnusedFunction]

@@ -11,7 +11,7 @@ from unbraid.features.labels.store import Labels
 from unbraid.features.search import Hit
 from unbraid.features.search_activation import Reading
 from unbraid.manifest.errors import UserError
-from unbraid.ui.shelf import NotFoundError, Source
+from unbraid.ui.shelf import NotFoundError, Shelf, Source
 from unbraid.ui.views import about, feature, named
 from unbraid.ui.workbench import Workbench, by_latent
 
@@ -171,13 +171,13 @@ def one_list(source: Source, name: str) -> dict[str, Any]:
     return {"index": about(source), "name": name, "latents": named(source, [by_number[j] for j in latents])}
 
 
-def review(source: Source, *, by: str, status: str, at: int) -> dict[str, Any]:
+def review(shelf: Shelf, source: Source, *, by: str, status: str, at: int) -> dict[str, Any]:
     """One label of the queue with its latent's examples, and where the others are."""
     labels: Labels = source.labels
     queue = labels.queue(by=by, status=status, limit=500)
     at = min(max(at, 0), max(len(queue) - 1, 0))
     label = queue[at] if queue else None
-    shown = feature(source, label.latent) if label else None
+    shown = feature(shelf, source, label.latent) if label else None
     agreement = labels.agreement()
     return {
         "index": about(source),
@@ -193,9 +193,9 @@ def review(source: Source, *, by: str, status: str, at: int) -> dict[str, Any]:
     }
 
 
-def neuronpedia(source: Source, latent: int, vector: Sequence[float] | None) -> dict[str, Any]:
+def neuronpedia(shelf: Shelf, source: Source, latent: int, vector: Sequence[float] | None) -> dict[str, Any]:
     """A latent in the shape of Neuronpedia's GET /api/feature."""
-    shown = feature(source, latent)
+    shown = feature(shelf, source, latent)
     page: Mapping[str, Any] = shown["page"]
     layer = source.site
     top, width = page["histogram_top"], page["histogram_top"] / max(len(page["histogram"]), 1)

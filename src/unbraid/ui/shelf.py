@@ -146,6 +146,12 @@ class Shelf:
                 return source
         raise NotFoundError(f"there is no index {key[:64]!r} here; the first page lists those that there are")
 
+    def of(self, what: str, id: str) -> Source | None:
+        """The index whose own content id, or whose autoencoder's (`what`: index or sae), is this one; of
+        several the first by name."""
+        own = {"index": lambda s: s.index.manifest.id, "sae": lambda s: s.sae_id}[what]
+        return next((source for source in self.sources if own(source) == id), None)
+
     def named(self, model: str, layer: str) -> Source:
         """The index of a model (by its name) at a site, or with a key or folder name.
 
@@ -190,6 +196,6 @@ def _source(root: Path, place: Path, manifest: Manifest, found: list[tuple[Path,
         sae_folder=next(iter(candidates), named if named != place and named.exists() else None),
         findings=tuple(sorted(findings, key=lambda f: f.folder)),
         structures=tuple(
-            other for other, m in found if m.kind == "structure" and manifest.id in m.inputs.values()
+            other for other, m in found if m.kind == "structure" and m.inputs.get("index") == manifest.id
         ),
     )

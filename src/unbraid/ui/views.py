@@ -160,18 +160,21 @@ def named(source: Source, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def feature(source: Source, latent: int) -> dict[str, Any]:
-    """Everything that is known about one latent."""
+def feature(shelf: Shelf, source: Source, latent: int) -> dict[str, Any]:
+    """Everything that is known about one latent; latents of the shelf's other indexes are linked."""
     source.check(latent)
     page = source.index.latent(latent)
     listed = {name: source.labels.list(name) for name in source.labels.lists()}
     neighbours = [asdict(n) for n in page.neighbours]
-    labels = source.labels.current([n["latent"] for n in neighbours if n["sae"] is None])
-    for neighbour in neighbours:
-        own = neighbour["sae"] is None
-        label = labels.get(neighbour["latent"]) if own else None
-        neighbour["label"] = label.text if label else None
-        neighbour["url"] = f"/i/{source.key}/latents/{neighbour['latent']}" if own else None
+    for sae in {n["sae"] for n in neighbours}:
+        home = source if sae is None else shelf.of("sae", sae)
+        there = [n for n in neighbours if n["sae"] == sae]
+        labels = home.labels.current([n["latent"] for n in there]) if home else {}
+        for neighbour in there:
+            label = labels.get(neighbour["latent"])
+            neighbour["label"] = label.text if label else None
+            neighbour["index"] = home.name if home else None
+            neighbour["url"] = f"/i/{home.key}/latents/{neighbour['latent']}" if home else None
     return {
         "index": about(source),
         "latent": latent,
@@ -182,7 +185,7 @@ def feature(source: Source, latent: int) -> dict[str, Any]:
         "window": source.index.manifest.facts["config"]["window"],
         "labels": [label.as_dict() for label in source.labels.of(latent)],
         "history": source.labels.history(latent),
-        "structure": maps.place(source, latent),
+        "structure": maps.place(shelf, source, latent),
         "lists": [name for name, kept in listed.items() if latent in kept],
         "findings": [_finding(f) for f in source.findings if latent in f.latents],
         "steer": {"strength": STEER * page.max, "max": page.max},

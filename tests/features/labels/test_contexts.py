@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,14 +11,23 @@ import torch
 
 from unbraid.activations.documents import Document
 from unbraid.features.index import IndexConfig, build_index
+from unbraid.features.labels import model_scorers
 from unbraid.features.labels.contexts import SHARES, ContextConfig, Contexts, Evidence, Window
 from unbraid.features.labels.judges import LexicalJudge
 from unbraid.features.labels.labelling import label_latents
-from unbraid.features.labels.model_scorers import DIVERGENCE, adding, intervention, strength_for, surprisal
+from unbraid.features.labels.model_scorers import (
+    DIVERGENCE,
+    UNRELATED,
+    adding,
+    intervention,
+    strength_for,
+    surprisal,
+)
 from unbraid.features.labels.store import Labels
 from unbraid.features.page import Index
 from unbraid.manifest.errors import UserError
 from unbraid.model.apply import applied
+from unbraid.model.generate import generate
 from unbraid.model.load import LanguageModel, load_model
 from unbraid.model.read import logits_and_sites, read_sites
 from unbraid.sae.base import SAE, SAEConfig
@@ -173,6 +183,10 @@ def test_the_models_own_scorers(
     (long,) = surprisal(lm, [("storm " * 400, one)])
     assert long.value is None and "context" in long.why_not
     (moved,) = intervention(lm, sae, sae.site, [("the storm", one)])
+    # Steering changes how likely any words are: knowing nothing is worth what words that say nothing get.
+    (nothing,) = intervention(lm, sae, sae.site, [(UNRELATED, one)])
+    assert nothing.value is not None and nothing.value.value == pytest.approx(nothing.chance)
+    assert moved.chance == nothing.chance != 0
     assert moved.value is not None and moved.details["strength"] > 0
     strength = strength_for(lm, sae, sae.site, one)
     assert strength == moved.details["strength"]
@@ -185,6 +199,26 @@ def test_the_models_own_scorers(
             steered = logits_and_sites(lm, ids, torch.ones_like(ids))[0][0].log_softmax(dim=-1)
         kl += (clean.exp() * (clean - steered)).sum(dim=-1).tolist()
     assert np.mean(kl) == pytest.approx(DIVERGENCE, rel=0.02)
+
+
+def test_many_labels_of_a_latent_cost_its_texts_once(
+    lm: LanguageModel, sae: SAE, found: list[Evidence], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = [e for e in found if e.positives and e.negatives][:2]
+    labels = [("the storm", some[0]), ("onions", some[1]), ("a pan", some[0])]
+    alone = [surprisal(lm, [one])[0] for one in labels]
+    assert [s.as_dict() for s in surprisal(lm, labels)] == [s.as_dict() for s in alone]
+    alone = [intervention(lm, sae, sae.site, [one])[0] for one in labels]
+    generated: list[int] = []
+
+    def counted(lm: LanguageModel, prompts: Any, **rest: Any) -> Any:
+        generated.append(len(prompts))
+        return generate(lm, prompts, **rest)
+
+    monkeypatch.setattr(model_scorers, "generate", counted)
+    together = intervention(lm, sae, sae.site, labels)
+    assert [s.as_dict() for s in together] == [s.as_dict() for s in alone]
+    assert len(generated) == 4  # each of two latents, steered and not
 
 
 def test_what_does_not_belong_together_is_refused(index: Index, lm: LanguageModel, sae: SAE) -> None:

@@ -23,6 +23,8 @@ from unbraid.features.labels.judges import Shown
 from unbraid.features.labels.llm import LLM
 from unbraid.manifest.errors import IntegrityError, UserError
 
+from .made import evidence, window
+
 pytest.importorskip("openai", reason="the extra label is not installed")
 
 Serving = Callable[..., AbstractContextManager[Any]]
@@ -34,7 +36,7 @@ def _echo(body: dict[str, Any]) -> str:
 
 
 def _endpoint(server: Any, path: Path, pauses: list[float] | None = None, **options: Any) -> Endpoint:
-    options = {"timeout": 5.0, "concurrency": 3, **options}
+    options = {"timeout": 600.0, "concurrency": 3, **options}
     config = EndpointConfig(base_url=server.url, model_name="small", **options)
     return Endpoint(config, Calls(path / "calls.sqlite"), sleep=(pauses if pauses is not None else []).append)
 
@@ -43,7 +45,7 @@ def test_every_kind_of_trouble_is_waited_out_and_counted(serving: Serving, tmp_p
     trouble = ["timeout", "429", "500", "html", "half", "cut", "ok", "429"]
     pauses: list[float] = []
     with serving(_echo, trouble) as server:
-        endpoint = _endpoint(server, tmp_path, pauses)
+        endpoint = _endpoint(server, tmp_path, pauses, timeout=5.0)
         replies = endpoint.ask(REQUESTS)
         assert [reply.text for reply in replies] == [f"reply to {r.user}" for r in REQUESTS]
         assert endpoint.spent.calls == 12 and endpoint.spent.retries == 7
@@ -112,6 +114,30 @@ def test_the_cost_is_known_before_and_a_budget_holds(serving: Serving, tmp_path:
         EndpointConfig(base_url="x", model_name="y", budget=1.0)
     with pytest.raises(UserError, match="--base-url"):
         Endpoint(EndpointConfig(), Calls(tmp_path / "c.sqlite"))
+
+
+def test_as_many_calls_as_were_allowed_wait_side_by_side(serving: Serving, tmp_path: Path) -> None:
+    all_there = threading.Barrier(3, timeout=300)  # breaks where one call waits for another to end
+
+    def together(body: dict[str, Any]) -> str:
+        all_there.wait()
+        return _echo(body)
+
+    with serving(together) as server:
+        replies = _endpoint(server, tmp_path, timeout=600.0).ask(REQUESTS)
+        assert [reply.text for reply in replies] == [f"reply to {r.user}" for r in REQUESTS]
+        assert not all_there.broken and len(server.asked) == 12
+
+
+def test_what_is_no_label_becomes_none(serving: Serving, tmp_path: Path) -> None:
+    """Nor does the token that fires most, without a word."""
+    one = evidence([window("we want a refund", {"refund": 1.0})], [window("the storm came", {}, 1)])
+    for said in ("unclear", '{"label": ""}', '{"label": null}', '{"label": "%s"}' % ("x" * 201)):
+        with serving(lambda _, said=said: said) as server:
+            llm = LLM(_endpoint(server, tmp_path))
+            (found,) = llm.explain([one], [["refund"]])
+            assert found.text == "" and "no label that could be read, twice" in found.why_not
+            assert (llm.unread.once, llm.unread.twice) == (1, 1)
 
 
 def test_what_all_questions_share_comes_first(serving: Serving, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import multiprocessing
 import sqlite3
@@ -140,6 +141,22 @@ def test_an_export_comes_back_as_it_was_and_merges_without_duplicates(labels: La
     assert len(after) == len(before) + 1 and [line for line in after if line in before] == before
     unbound = Labels(tmp_path / "unbound.sqlite")
     assert unbound.load(out) == 11 and unbound.sae == SAE
+
+
+def test_an_export_that_was_compressed_comes_back(labels: Labels, tmp_path: Path) -> None:
+    _fill(labels)
+    labels.export(tmp_path / "labels.jsonl")
+    data = gzip.compress((tmp_path / "labels.jsonl").read_bytes())
+    for name in ("labels.jsonl.gz", "labels"):  # what it is called does not matter
+        (tmp_path / name).write_bytes(data)
+        assert Labels(tmp_path / f"{name}.sqlite", SAE).load(tmp_path / name) == 11
+    for broken in (data[:-9], data[:20] + b"x" + data[21:]):
+        (tmp_path / "broken.gz").write_bytes(broken)
+        with pytest.raises(UserError, match=r"broken.gz is no gzip file, or is damaged .*; fetch it again"):
+            Labels(tmp_path / "broken.sqlite", SAE).load(tmp_path / "broken.gz")
+    (tmp_path / "text.gz").write_bytes(gzip.compress("café".encode("latin-1")))
+    with pytest.raises(UserError, match=r"text\.gz is not UTF-8"):
+        Labels(tmp_path / "text.sqlite", SAE).load(tmp_path / "text.gz")
 
 
 def test_lines_that_were_tampered_with_or_belong_elsewhere_are_named(labels: Labels, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -211,6 +212,7 @@ class _Pool:
     def __init__(self, read: Mapping[int, Passage], column: int, length: int, salt: str) -> None:
         self._read, self._column, self._length, self._salt = read, column, length, salt
         self._taken: set[tuple[int, ...]] = set()
+        self._columns: dict[int, NDArray[np.float32]] = {}
 
     def take(
         self,
@@ -242,11 +244,13 @@ class _Pool:
     def _window(self, place: tuple[int, int], split: str, active: bool, hard: bool) -> Window | None:
         number, which = place
         passage = self._read[number]
-        if split_of(passage.document, SHARES) != split:
+        if _split(passage.document) != split:
             return None
         start = which * self._length
         rows = slice(start, start + self._length)
-        activations = passage.column(self._column)[rows]
+        if number not in self._columns:
+            self._columns[number] = passage.column(self._column)
+        activations = self._columns[number][rows]
         if bool((activations > 0).any()) != active or not any(passage.pieces[rows]):
             return None
         return Window(
@@ -255,6 +259,11 @@ class _Pool:
 
     def _hash(self, window: Window) -> str:
         return hashlib.sha256(f"{self._salt}/{window.passage}/{window.start}".encode()).hexdigest()
+
+
+@lru_cache(maxsize=65_536)
+def _split(document: str) -> str:
+    return split_of(document, SHARES)
 
 
 def _spread_out(windows: Sequence[Window]) -> list[Window]:

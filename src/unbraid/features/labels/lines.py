@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +24,9 @@ from unbraid.features.labels.rows import Row
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.files import write_text
 
+GZIP = b"\x1f\x8b"
+"""What a gzip file begins with."""
+
 
 def write_lines(rows: Sequence[Row], path: Path) -> int:
     """Write rows as lines; equal content gives equal bytes.  Returns their number."""
@@ -31,19 +36,13 @@ def write_lines(rows: Sequence[Row], path: Path) -> int:
 
 
 def read_lines(path: Path, sae: str) -> list[Row]:
-    """The rows of a file of lines, each checked as if it were written now.
+    """The rows of a file of lines, gzip or not, each checked as if it were written now.
 
     Raises UserError, naming file and line, where a line is no JSON object, lacks a field, is of another
     autoencoder than `sae` (empty: of any, but one alone), or does not hash to its own id.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give a file of labels") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8; give a file that `unbraid label --export` wrote") from error
     rows: list[Row] = []
-    for number, text in enumerate(lines, start=1):
+    for number, text in enumerate(_read(path).split("\n"), start=1):
         if not text.strip():
             continue
         try:
@@ -65,7 +64,25 @@ def read_lines(path: Path, sae: str) -> list[Row]:
     return rows
 
 
+def _read(path: Path) -> str:
+    """A file's text; raises UserError where there is none."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give a file of labels, or add --format neuronpedia")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); give a file of labels") from error
+    try:
+        return (gzip.decompress(data) if data[:2] == GZIP else data).decode()
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is no gzip file, or is damaged ({error}); fetch it again") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8; give a file that `unbraid label --export` wrote") from error
+
+
 def _row(line: Mapping[str, Any]) -> Row:
+    if "what" not in line and {"modelId", "layer"} <= line.keys():
+        raise UserError("it comes from Neuronpedia; add --format neuronpedia")
     what, at = line["what"], _text(line, "at", LONGEST_NAME)
     if what == "label":
         model = None if line["model"] is None else _text(line, "model", LONGEST_NAME)

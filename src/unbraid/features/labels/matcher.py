@@ -59,7 +59,7 @@ def read_label(text: str) -> Matcher:
     """The matcher of a label: of its quoted phrases, or where it quotes none, of its words' stems."""
     conditions = frozenset(word for group in _AFTER.findall(text) for word in _quoted_words(group))
     rest = _AFTER.sub("", text)
-    phrases = tuple(dict.fromkeys(words for quote in _quotes(rest) if (words := split_words(quote))))
+    phrases = tuple(dict.fromkeys(words for quote in quotes(rest) if (words := split_words(quote))))
     if not phrases:
         return Matcher((), stems=content_stems(rest))
     return Matcher(phrases, conditions, "after" if _FOLLOWS.match(text) else "at")
@@ -75,9 +75,10 @@ def write_label(matcher: Matcher) -> str:
     return f"{kind} {words}" + (f" (mostly after {after})" if after else "")
 
 
-def _quotes(text: str) -> list[str]:
+def quotes(text: str) -> list[str]:
+    """What a label quotes."""
     return [straight or curly for straight, curly in _QUOTED.findall(text)]
 
 
 def _quoted_words(text: str) -> list[str]:
-    return [word for quote in _quotes(text) for word in split_words(quote)]
+    return [word for quote in quotes(text) for word in split_words(quote)]

@@ -7,6 +7,7 @@ read descriptions; what they give for unrelated words is their chance level.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -44,6 +45,7 @@ def surprisal(lm: LanguageModel, labelled: Sequence[Labelled], seed: int = 0) ->
     """Does the label prepare the model for the text?  AUROC, positives against negatives, of how much a
     window's loss falls when the label is said before it instead of "various unrelated sentences"."""
     scores: list[Score] = []
+    plain: dict[int, Matrix] = {}  # by the evidence, which may come with many labels
     for label, evidence in labelled:
         windows = (*evidence.positives, *evidence.negatives)
         truth = np.arange(len(windows)) < len(evidence.positives)
@@ -59,10 +61,11 @@ def surprisal(lm: LanguageModel, labelled: Sequence[Labelled], seed: int = 0) ->
         if why:
             scores.append(not_measured("surprisal", lm.name, 0.5, why, evidence))
             continue
-        without, with_ = (
-            -mean_log_p(lm, [prefix] * len(windows), [w.tokens for w in windows]) for prefix in prefixes
-        )
-        value = auroc_by_document(without - with_, truth, [w.document for w in windows], seed)
+        texts = [w.tokens for w in windows]
+        if id(evidence) not in plain:
+            plain[id(evidence)] = mean_log_p(lm, [prefixes[0]] * len(windows), texts)
+        gained = mean_log_p(lm, [prefixes[1]] * len(windows), texts) - plain[id(evidence)]
+        value = auroc_by_document(gained, truth, [w.document for w in windows], seed)
         blank = not_measured("surprisal", lm.name, 0.5, "", evidence)
         scores.append(Score("surprisal", lm.name, value, 0.5, blank.positives, blank.negatives, blank.hard))
     return scores
@@ -75,41 +78,27 @@ def intervention(
     log p(label | steered) − log p(label | clean), nats a token of the label, by the model itself.
 
     The latent's decoder row is added at every token, so far that KL(clean‖steered) is 0.5 nats on average;
-    both continuations of a prompt draw the same noise.
+    both continuations of a prompt draw the same noise.  Steered text makes the model expect other words
+    whatever they mean, so chance is not 0: it is measured, as the score of "various unrelated sentences".
     """
     scores: list[Score] = []
+    steered: dict[int, _Steered] = {}  # by the evidence, which may come with many labels
     for label, evidence in labelled:
-        chosen = list({w.document: w for w in reversed(evidence.negatives)}.values())[:PROMPTS]
-        prompts = [({"role": "user", "content": w.text},) for w in chosen]
-        edit, strength, why = None, 0.0, ""
-        if not chosen:
-            why = "it needs test windows on which the latent is silent"
-        elif not lm.generates or lm.layout.unembed is None:
-            why = f"{lm.name} cannot continue a text"
-        elif sae.W_dec.shape[1] != lm.layout.width(site):
-            why = f"the decoder does not write at {site}"
-        else:
-            strength = strength_for(lm, sae, site, evidence)
-            why = "" if strength else f"no strength changes the model by {DIVERGENCE} nats"
-            edit = adding(sae, site, evidence.latent, strength)
-        if why or edit is None:
-            scores.append(not_measured("intervention", lm.name, 0.0, why, evidence))
+        if id(evidence) not in steered:
+            steered[id(evidence)] = _steered(lm, sae, site, evidence)
+        found = steered[id(evidence)]
+        if found.why_not:
+            scores.append(not_measured("intervention", lm.name, 0.0, found.why_not, evidence))
             continue
-        said: list[Matrix] = []
-        tail = _tokens(lm, f" {label}", begin=False)
-        for edits in ((edit,), ()):
-            replies = generate(lm, prompts, max_new_tokens=NEW_TOKENS, edits=edits, seeds=range(len(prompts)))
-            asked = [_tokens(lm, f"{reply.text}\n\nThis text is about:") for reply in replies]
-            said.append(mean_log_p(lm, asked, [tail] * len(asked)))
-        value = bootstrap_mean(said[0] - said[1], [w.document for w in chosen], seed)
-        details = {"strength": strength, "prompts": len(chosen)}
+        value = bootstrap_mean(found.gain(lm, label), found.documents, seed)
+        details = {"strength": found.strength, "prompts": len(found.documents)}
         blank = not_measured("intervention", lm.name, 0.0, "", evidence)
         scores.append(
             Score(
                 "intervention",
                 lm.name,
                 value,
-                0.0,
+                found.chance,
                 blank.positives,
                 blank.negatives,
                 blank.hard,
@@ -117,6 +106,44 @@ def intervention(
             )
         )
     return scores
+
+
+@dataclass(frozen=True)
+class _Steered:
+    """The model's continuations with and without a latent, each followed by the question what it is about."""
+
+    steered: Sequence[Sequence[int]] = ()
+    clean: Sequence[Sequence[int]] = ()
+    documents: Sequence[str] = ()
+    strength: float = 0.0
+    chance: float = 0.0
+    why_not: str = ""
+
+    def gain(self, lm: LanguageModel, label: str) -> Matrix:
+        """log p(label | steered) − log p(label | clean), nats a token, of each prompt (n,)."""
+        tail = _tokens(lm, f" {label}", begin=False)
+        with_, without = (mean_log_p(lm, asked, [tail] * len(asked)) for asked in (self.steered, self.clean))
+        return with_ - without
+
+
+def _steered(lm: LanguageModel, sae: SAE, site: Site, evidence: Evidence) -> _Steered:
+    chosen = list({w.document: w for w in reversed(evidence.negatives)}.values())[:PROMPTS]
+    if not chosen:
+        return _Steered(why_not="it needs test windows on which the latent is silent")
+    if not lm.generates or lm.layout.unembed is None:
+        return _Steered(why_not=f"{lm.name} cannot continue a text")
+    if sae.W_dec.shape[1] != lm.layout.width(site):
+        return _Steered(why_not=f"the decoder does not write at {site}")
+    strength = strength_for(lm, sae, site, evidence)
+    if not strength:
+        return _Steered(why_not=f"no strength changes the model by {DIVERGENCE} nats")
+    prompts = [({"role": "user", "content": w.text},) for w in chosen]
+    asked: list[list[list[int]]] = []
+    for edits in ((adding(sae, site, evidence.latent, strength),), ()):
+        replies = generate(lm, prompts, max_new_tokens=NEW_TOKENS, edits=edits, seeds=range(len(prompts)))
+        asked.append([_tokens(lm, f"{reply.text}\n\nThis text is about:") for reply in replies])
+    found = _Steered(asked[0], asked[1], [w.document for w in chosen], strength)
+    return replace(found, chance=float(found.gain(lm, UNRELATED).mean()))
 
 
 def adding(sae: SAE, site: Site, latent: int, strength: float) -> Edit:

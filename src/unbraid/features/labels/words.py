@@ -36,9 +36,14 @@ def stem(word: str) -> str:
     return word
 
 
+def is_content(word: str) -> bool:
+    """Whether a word says something."""
+    return word[0].isalnum() and word not in _EMPTY
+
+
 def content_stems(text: str) -> frozenset[str]:
     """Stems of the words of a description that say something."""
-    return frozenset(stem(word) for word in split_words(text) if word[0].isalnum() and word not in _EMPTY)
+    return frozenset(stem(word) for word in split_words(text) if is_content(word))
 
 
 @dataclass(frozen=True, eq=False)

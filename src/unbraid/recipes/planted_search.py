@@ -1,0 +1,162 @@
+"""Whether planted concepts are found: by two sets of texts, by words, by a pasted text, and by labels.
+
+Each question is asked as a user would ask it, from the world's words for a concept or from conversations in
+which it stands.  An answer is right where the concept's own latent, which was chosen on other conversations
+by where it fires, is among the first ten.  The same answers are looked through for the latents of unrelated
+concepts: that is what a guess would find.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from unbraid.activations.documents import Document
+from unbraid.evaluation.concepts import ConceptRow
+from unbraid.features.find import FindConfig, find
+from unbraid.features.labels.contexts import Contexts
+from unbraid.features.labels.labelling import AT_ONCE, BY, explanations_of
+from unbraid.features.labels.matcher import quotes
+from unbraid.features.labels.rows import Row
+from unbraid.features.labels.store import Labels
+from unbraid.features.labels.words import is_content, split_words
+from unbraid.features.scores import document_scores
+from unbraid.features.search import Search
+from unbraid.manifest.errors import UserError
+from unbraid.manifest.progress import Progress
+from unbraid.practice.descriptions import describe
+from unbraid.stats.bootstrap import Interval, rate
+
+FIRST = 10
+"""Latents of an answer among which the right one has to be."""
+ASKED = 5
+"""Phrases, or texts, that are asked with; one of them has to find it."""
+Related = Mapping[str, frozenset[str]]
+"""For each concept those that stand mostly at the same tokens."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How one way of searching fared."""
+
+    found: Mapping[str, bool]
+    """By concept, whether its latent is in the answers."""
+    share: Interval
+    """Share of the concepts that are found."""
+    guessed: float | None
+    """Share of the latents of unrelated concepts in the same answers."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as JSON values."""
+        return {**asdict(self), "share": self.share.as_dict()}
+
+
+def ways(
+    rows: Sequence[ConceptRow],
+    contexts: Contexts,
+    documents: Sequence[Document],
+    related: Related,
+    *,
+    seed: int,
+    progress: Progress | None = None,
+) -> dict[str, Way]:
+    """Look for each concept's latent in every way; `documents` are conversations that the index has not seen.
+
+    The lexical explainer's labels of all latents that fire are proposed beside the index.
+    """
+    answers = {
+        "find": by_sets(rows, contexts, documents, seed, progress),
+        **by_search(rows, contexts, documents),
+        "label": by_label(rows, contexts, progress),
+    }
+    return {how: judged(rows, found, related) for how, found in answers.items()}
+
+
+def by_sets(
+    rows: Sequence[ConceptRow],
+    contexts: Contexts,
+    documents: Sequence[Document],
+    seed: int,
+    progress: Progress | None,
+) -> list[set[int]]:
+    """What `find` reports for the conversations with a concept against all others."""
+    scores = document_scores(
+        contexts.sae, contexts.lm, documents, contexts.site, positions="all", progress=progress
+    )
+    answers: list[set[int]] = []
+    for row in rows:
+        mine = np.array([row.concept in {name for _, name, _, _ in d.concepts} for d in documents])
+        ids = [documents[i].id for i in np.argsort(~mine, kind="stable").tolist()]
+        try:
+            found = find(scores.latents[mine], scores.latents[~mine], ids, FindConfig(top=FIRST, seed=seed))
+        except UserError:  # too few conversations with it, or without: nothing is found
+            answers.append(set())
+        else:
+            answers.append({one.latent for one in found.latents})
+    return answers
+
+
+def by_search(
+    rows: Sequence[ConceptRow], contexts: Contexts, documents: Sequence[Document]
+) -> dict[str, list[set[int]]]:
+    """What full text answers to the concept's phrases, and what fires on messages in which it stands."""
+    search = Search(contexts.index)
+    words: list[set[int]] = []
+    pasted: list[set[int]] = []
+    for row in rows:
+        words.append(_latents(search.text(f'"{phrase}"', FIRST) for phrase in phrases(row.concept)))
+        texts = [
+            (d.messages or ())[message]["content"]
+            for d in documents
+            for message, name, _, _ in d.concepts
+            if name == row.concept
+        ]
+        some = list(dict.fromkeys(texts))[:ASKED]
+        pasted.append(_latents(search.activation(contexts.sae, contexts.lm, t, FIRST) for t in some))
+    return {"search by words": words, "search by a pasted text": pasted}
+
+
+def by_label(rows: Sequence[ConceptRow], contexts: Contexts, progress: Progress | None) -> list[set[int]]:
+    """Latents whose lexical labels hold a content word of the concept's phrases."""
+    alive = np.flatnonzero(contexts.index.densities > 0).tolist()
+    labels = Labels.of_index(contexts.index)
+    drafts: list[Row] = []
+    for start in range(0, len(alive), AT_ONCE):
+        some = contexts.evidence(alive[start : start + AT_ONCE])
+        for one, said in zip(some, explanations_of(contexts, some), strict=True):
+            if said.text:
+                drafts.append(Row.of_label(labels.draft(one.latent, said.text, by=BY, kind="lexical")))
+        if progress is not None:
+            progress(min(start + AT_ONCE, len(alive)), len(alive), "latents labelled")
+    labels.add(drafts)
+    text = Search(contexts.index, labels).labelled
+    assert text is not None
+    answers: list[set[int]] = []
+    for row in rows:
+        words = dict.fromkeys(w for p in phrases(row.concept) for w in split_words(p) if is_content(w))
+        answers.append(_latents(text.search(word, FIRST) for word in words))
+    return answers
+
+
+def judged(rows: Sequence[ConceptRow], answers: Sequence[set[int]], related: Related) -> Way:
+    """Which concepts' latents are in their answers, and how many of the unrelated concepts' are."""
+    found = {row.concept: row.latent in some for row, some in zip(rows, answers, strict=True)}
+    others = [
+        other.latent in some
+        for row, some in zip(rows, answers, strict=True)
+        for other in rows
+        if other.latent != row.latent and other.concept not in related[row.concept]
+    ]
+    return Way(found, rate(list(found.values())), float(np.mean(others)) if others else None)
+
+
+def phrases(concept: str) -> list[str]:
+    """The first phrases that a concept's description quotes."""
+    return quotes(describe(concept) or "")[:ASKED]
+
+
+def _latents(answers: Iterable[Iterable[Any]]) -> set[int]:
+    return {hit.latent for answer in answers for hit in answer}

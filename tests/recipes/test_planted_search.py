@@ -1,0 +1,32 @@
+"""Planted concepts are found where their latent is in the answers; what a guess would find is told."""
+
+from __future__ import annotations
+
+import pytest
+
+from unbraid.evaluation.concepts import ConceptRow
+from unbraid.practice.descriptions import describe
+from unbraid.practice.lexicon import DRUG_DOSES
+from unbraid.recipes.planted_search import ASKED, judged, phrases
+
+
+def _row(concept: str, latent: int) -> ConceptRow:
+    return ConceptRow(concept, 50, latent, (latent,), 0.01, {})
+
+
+def test_a_concept_is_found_where_its_own_latent_is_in_the_answers() -> None:
+    rows = [_row("a", 1), _row("b", 2), _row("c", 3), _row("d", 1)]
+    related = {name: frozenset[str]() for name in "abcd"} | {"a": frozenset("b"), "b": frozenset("a")}
+    way = judged(rows, [{1, 2, 3}, {1, 9}, {3}, set()], related)
+    assert dict(way.found) == {"a": True, "b": False, "c": True, "d": False}
+    assert (way.share.value, way.share.n) == (0.5, 4) and 0 < way.share.low < 0.5 < way.share.high < 1
+    # Guesses: for a the latent of c alone, which is there (b is related, d has the same latent); for b those
+    # of c and d; for c those of a, b and d; for d those of b and c.
+    assert way.guessed == pytest.approx((1 + (0 + 1) + 0 + 0) / (1 + 2 + 3 + 2))
+    assert judged(rows[:1], [{1}], related).guessed is None
+
+
+def test_the_words_of_a_concept_are_those_that_its_description_quotes() -> None:
+    assert phrases("drug") == list(DRUG_DOSES)[:ASKED]
+    assert all(f'"{phrase}"' in str(describe("closing")) for phrase in phrases("closing"))
+    assert phrases("answer") == []
