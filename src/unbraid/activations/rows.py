@@ -44,8 +44,8 @@ class Rows:
         """
         here, x = slice(start, start + len(x)), x.cpu()
         values = self.values[here].numpy()
-        # Nothing here is torch's, whose threads would wait for more by spinning, on the processors that hash
-        # and write.
+        # Copied and rounded by one thread: torch's others would wait for more by spinning, on the processors
+        # that hash and write.
         if x.dtype == self.values.dtype:
             np.copyto(values, x.numpy())
             return 0.0, 0.0

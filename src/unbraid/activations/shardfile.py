@@ -20,7 +20,7 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "I32": torch.int32, "I8":
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 WRITE = 1 << 22
 """Bytes handed to the system at once."""
-_LIBC: ctypes.CDLL | None = ctypes.CDLL(None) if sys.platform == "linux" else None
+_ASK: Any = getattr(ctypes.CDLL(None), "sync_file_range", None) if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,9 @@ def _begin(handle: int) -> None:
     It would begin when the file is flushed, and the disk would wait until then. Whether anything came of it
     does not matter: who needs the file there flushes it.
     """
-    if _LIBC is not None:
+    if _ASK is not None:
         all_of_it = ctypes.c_int64(0), ctypes.c_int64(0)
-        _LIBC.sync_file_range(handle, *all_of_it, ctypes.c_uint(2))  # SYNC_FILE_RANGE_WRITE
+        _ASK(handle, *all_of_it, ctypes.c_uint(2))  # SYNC_FILE_RANGE_WRITE
 
 
 def memory(tensor: Tensor) -> memoryview:
