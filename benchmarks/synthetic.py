@@ -59,7 +59,8 @@ from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import save_file
 
 from training import machine, versions
-from unbraid.activations.shards import COLUMNS, DOCUMENTS, shard_name
+from unbraid.activations.filling import COLUMNS
+from unbraid.activations.shards import DOCUMENTS, shard_name
 from unbraid.activations.store import ActivationStore
 from unbraid.activations.stream import batches
 from unbraid.manifest.record import write_manifest

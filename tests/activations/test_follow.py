@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unbraid.activations import follow as following
 from unbraid.activations.capture import capture
 from unbraid.activations.documents import Document
 from unbraid.activations.follow import Following, Stalled
@@ -154,6 +155,27 @@ def test_a_killed_capture_is_told_and_both_go_on(
     capture(lm, texts(40), SMALL, out)
     assert torch.equal(torch.cat(dealt(source)), torch.cat(dealt(follow(finished.folder, 600))))
     assert source.origin(1).inputs == {"activations": finished.id}
+
+
+def test_a_capture_that_ends_while_it_is_looked_at_has_not_stopped(
+    lm: LanguageModel,
+    texts: Make,
+    tmp_path: Path,
+    finished: ActivationStore,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "acts"
+    with pytest.raises(Killed):
+        capture(lm, texts(40), SMALL, out, progress=until(1500))
+
+    def ends(folder: Path) -> bool:
+        if not out.exists():
+            capture(lm, texts(40), SMALL, out)
+        return is_held(folder)
+
+    monkeypatch.setattr(following, "is_held", ends)
+    source = follow(out, 600, patience=0.0)
+    assert torch.equal(torch.cat(dealt(source)), torch.cat(dealt(follow(finished.folder, 600))))
 
 
 def test_what_is_no_capture_is_said(tmp_path: Path, finished: ActivationStore) -> None:

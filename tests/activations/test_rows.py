@@ -1,12 +1,14 @@
-"""Rows that are rounded to int8, against the same steps in PyTorch."""
+"""Rows that are rounded to int8 and float16, against the same steps in PyTorch."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unbraid.activations import loops
 from unbraid.activations.rows import LEAST, Rows
 
 
@@ -38,10 +40,35 @@ def test_rounding_is_what_pytorch_does(n: int, d: int, seed: int, size: float) -
         torch.testing.assert_close(sums - 1, exact.sum(dim=0), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_float16_is_what_pytorch_rounds_to(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if native and not loops.HALVES:
+        pytest.skip("this processor does not round to float16 by itself")
+    monkeypatch.setattr(loops, "HALVES", native)
+    every = torch.arange(0x7C00, dtype=torch.int16).view(torch.float16).float()  # all from 0 to the largest
+    between = (every[1:] + every[:-1]) / 2  # ties
+    drawn = torch.randn(5000, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(
+        -10, 10
+    ).tile(250).clamp(max=4)
+    edges = torch.tensor([0.0, 65519.99, 65520.0, torch.inf, 1e-30, 1e-45])
+    x = torch.cat([every, between, between.nextafter(torch.tensor(0.0)), drawn, edges])
+    x = torch.cat([x, -x])
+    x = x[: len(x) // 7 * 7].view(-1, 7)
+    rows = Rows.empty(len(x) + 2, 7, "float16")
+    rows.values.fill_(7)
+    with np.errstate(over="ignore"):
+        assert rows.put(1, x) == (0, 0)
+    assert rows.values[1:-1].view(torch.int16).equal(x.half().view(torch.int16))
+    assert (rows.values[[0, -1]] == 7).all()
+
+
+@pytest.mark.parametrize("stored", ["int8", "float16", "float32"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_floats_and_strides_are_taken(dtype: torch.dtype) -> None:
+def test_other_floats_and_strides_are_taken(dtype: torch.dtype, stored: str) -> None:
     x = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).to(dtype).T
-    rows, plain = Rows.empty(5, 6, "int8"), Rows.empty(5, 6, "int8")
+    rows, plain = Rows.empty(5, 6, stored), Rows.empty(5, 6, stored)
     rows.put(0, x)
     plain.put(0, x.float().contiguous())
     assert rows.values.equal(plain.values) and rows.take().equal(plain.take())
+    if stored != "int8":
+        assert rows.values.equal(x.to(rows.values.dtype))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import blake3
 import pytest
 import torch
@@ -9,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from unbraid.activations import shardfile
 from unbraid.activations.shardfile import places, write_tensors
 
 
@@ -36,3 +40,18 @@ def test_the_library_reads_what_was_written(
     assert {name: (place.dtype, place.shape) for name, place in places(path).items()} == {
         name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()
     }
+
+
+def test_the_disk_begins_while_the_rest_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, there = tmp_path / "x.safetensors", list[int]()
+
+    def refuse(handle: int, *_: object) -> int:
+        there.append(os.fstat(handle).st_size)
+        return -1  # as where the file system cannot: the file is whole all the same
+
+    monkeypatch.setattr(shardfile, "_ASK", refuse)
+    monkeypatch.setattr(shardfile, "WRITE", 1000)
+    size, digest = write_tensors(path, {"x": torch.arange(1200, dtype=torch.int32)})
+    data = path.read_bytes()
+    assert (size, digest) == (len(data), blake3.blake3(data).hexdigest())
+    assert len(there) == 1 + 5 and there == sorted(set(there)) and there[-1] == size

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 
 from unbraid.activations import shards
 from unbraid.activations.capture import capture
+from unbraid.activations.filling import COLUMNS
 from unbraid.activations.reading import CaptureConfig
-from unbraid.activations.shards import COLUMNS, FINISHED, ShardWriter
+from unbraid.activations.shards import FINISHED, ShardWriter
 from unbraid.activations.stream import batches
 from unbraid.activations.text import Document
 from unbraid.manifest.errors import IntegrityError

@@ -2,15 +2,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.testing._internal.two_tensor import TwoTensor
+from transformers import AutoModelForCausalLM
 
 from unbraid.manifest.errors import IntegrityError, UserError
+from unbraid.model.apply import applied
+from unbraid.model.edits import Edit
 from unbraid.model.load import LanguageModel, load_model, tokenizer_id, weights_id, wrap_model
+from unbraid.model.read import read_sites
+from unbraid.model.sites import Site
 
 
 def test_a_loaded_model_says_what_it_is(llama: LanguageModel, tiny_llama: Path) -> None:
@@ -117,3 +124,35 @@ def test_bfloat16_and_progress_bars_left_as_they_were(
 ) -> None:
     assert load_model(tiny_llama, dtype="bfloat16").model.dtype == torch.bfloat16
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_model_spread_by_the_library_is_read_and_edited_all_the_same(
+    tiny_llama: Path, llama: LanguageModel, tmp_path: Path, make_edit: Callable[..., Edit]
+) -> None:
+    pytest.importorskip("accelerate", reason="accelerate places the parts of a model")
+    stays = (
+        "model.embed_tokens",
+        "model.norm",
+        "model.rotary_emb",
+        "lm_head",
+        "model.layers.0",
+        "model.layers.2",
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_llama,
+        device_map={"model.layers.1": "disk"} | dict.fromkeys(stays, "cpu"),
+        offload_folder=tmp_path,
+    )
+    lm = wrap_model(model, llama.tokenizer, name=llama.name, id=weights_id(tiny_llama))
+    assert any(p.device.type == "meta" for p in lm.model.parameters())  # it is brought when it is needed
+    assert lm.id == llama.id and lm.layout.kinds == llama.layout.kinds
+    ids, mask = torch.arange(10, 30).view(2, 10), torch.ones(2, 10, dtype=torch.long)
+    mask[0, 7:] = 0
+    sites = [Site(layer, "resid_post") for layer in range(3)]
+    found: list[Tensor] = []
+    for edits in ([], [make_edit(llama, "layers.1.mlp_out")]):
+        for one in (llama, lm):
+            with applied(one, edits):
+                read = read_sites(one, ids, mask, sites)
+            found.append(torch.stack([read[site] for site in sites]))
+    assert found[0].equal(found[1]) and found[2].equal(found[3]) and not found[0].equal(found[2])

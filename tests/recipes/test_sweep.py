@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +15,13 @@ import pytest
 
 from unbraid.activations.capture import capture
 from unbraid.activations.documents import Document
+from unbraid.activations.follow import Following
 from unbraid.activations.reading import CaptureConfig
 from unbraid.activations.store import ActivationStore
 from unbraid.evaluation.evaluate import evaluate
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.lineage import verify
+from unbraid.manifest.record import read_manifest
 from unbraid.model.load import LanguageModel, load_model
 from unbraid.recipes import sweep as recipe
 from unbraid.recipes.sweep import Text, render, run_sweep, summarise
@@ -158,6 +162,62 @@ def test_what_does_not_fit_together_is_trained_in_turn(
     groups = list(recipe._groups(every))  # pyright: ignore[reportPrivateUsage]
     assert [t for g in groups for t in g] == sorted(every, key=lambda t: t.config.seed)
     assert max(map(len, groups)) == 2 and all(len({t.config.seed for t in g}) == 1 for g in groups)
+
+
+def test_beside_a_running_capture_it_makes_what_it_makes_of_the_finished_one(
+    lm: LanguageModel, tmp_path: Path
+) -> None:
+    acts, swept, documents = tmp_path / "acts", tmp_path / "beside", _documents(0) * 4
+    started, allowed, failed = threading.Event(), threading.Semaphore(0), list[BaseException]()
+    config = CaptureConfig(sites=SITES, shard_tokens=64, batch_tokens=64)
+    ended: list[bool] = []
+
+    def slowly(done: int, total: int, note: str = "") -> None:
+        if done >= 256:  # the first group of 128 rows is there, and the capture stays unfinished
+            started.set()
+            allowed.acquire()
+
+    def write() -> None:
+        try:
+            capture(lm, documents, config, acts, progress=slowly)
+        except BaseException as error:
+            failed.append(error)
+        finally:
+            started.set()
+
+    @contextmanager
+    def releasing(title: str, unit: str = ""):
+        def progress(done: int, total: int, note: str = "") -> None:
+            ended.append(acts.exists())
+            allowed.release(2)
+
+        yield progress
+
+    def sweep(out: Path, stage: Callable[..., Any]) -> dict[str, Any]:
+        source = Following(acts, buffer_tokens=128, patience=0.0, poll=0.01)
+        return run_sweep(source, lm, HELD_OUT, GRID, LOOP, out, command="", stage=stage)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        assert started.wait(300)
+        found = sweep(swept, releasing)
+    finally:
+        allowed.release(1000)
+        writer.join()
+    assert not failed and not ended[0] and ended[-1]
+    assert sweep(tmp_path / "after", _silent) == found
+    names = sorted(p.relative_to(swept) for p in swept.rglob("sae_weights.safetensors"))
+    assert len(names) == 12 and all(
+        (swept / n).read_bytes() == (tmp_path / "after" / n).read_bytes() for n in names
+    )
+    manifest = read_manifest(swept)
+    assert manifest.inputs["activations"] == ActivationStore(acts).id and not verify(swept).problems
+    assert manifest.facts["reading"] == {"order": "capture", "buffer_tokens": 128}
+    (tmp_path / ".other.partial").mkdir()
+    shutil.copyfile(swept / "settings.json", tmp_path / ".other.partial" / "settings.json")
+    with pytest.raises(UserError, match="begun with other settings"):
+        _run(ActivationStore(acts), lm, tmp_path / "other")
 
 
 def _evaluation(site: str, l0: float, fvu: float, delta_ce: float) -> dict[str, Any]:

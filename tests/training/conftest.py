@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from unbraid.activations.shards import COLUMNS, DOCUMENTS, shard_name
+from unbraid.activations.filling import COLUMNS
+from unbraid.activations.shards import DOCUMENTS, shard_name
 from unbraid.activations.store import ActivationStore
 from unbraid.manifest.record import write_manifest
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from unbraid.activations.shards import COLUMNS
+from unbraid.activations.filling import COLUMNS
 from unbraid.activations.store import ActivationStore
 from unbraid.activations.stream import batches
 from unbraid.manifest.errors import UserError

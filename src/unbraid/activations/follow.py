@@ -129,6 +129,8 @@ class Following(InOrder):
         """The capture with so many rows, or finished; None waits for the latter."""
         since, known, told = monotonic(), -1, False
         while True:
+            # Asked before the look: a writer that comes to its end in between has not stopped.
+            gone = monotonic() - since > self.patience and not is_held(self.folder)
             if not self.finished:
                 self._look()
             store = self._store
@@ -137,7 +139,7 @@ class Following(InOrder):
             there = store.n_tokens if store is not None else 0
             if there > known:
                 since, known = monotonic(), there
-            elif monotonic() - since > self.patience and not is_held(self.folder):
+            elif gone:
                 raise Stalled(self._stalled(there))
             if not told and self.say is not None:
                 wanted = "its end" if rows is None else f"{rows:,} tokens"

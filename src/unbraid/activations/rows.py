@@ -9,13 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unbraid.activations.loops import round_rows
+from unbraid.activations.loops import halve, round_rows
 
 Stored = Literal["float16", "float32", "int8"]
 """How activations are stored. int8: every row divided by its own largest absolute value / 127 and rounded."""
-ALONE = 32_768
-"""Numbers that torch converts with one thread: more would be split among its threads, which then wait for the
-next ones by spinning, on the processors that hash and write."""
 LEAST = np.float32(1e-30)
 """The least scale: a row of zeros has one, too."""
 
@@ -32,7 +29,8 @@ class Rows:
     @classmethod
     def empty(cls, n: int, d: int, stored: str) -> Rows:
         """Room for n activations of d numbers."""
-        values = torch.empty((n, d), dtype=getattr(torch, stored))
+        # NumPy asks the system for large pages, of which fewer have to be made.
+        values = torch.from_numpy(np.empty((n, d), stored))
         return cls(values, torch.empty(n) if stored == "int8" else None)
 
     def __len__(self) -> int:
@@ -44,17 +42,22 @@ class Rows:
         Returns Σ of squares of what rounding to int8 changed and of x, both 0 for floats; adds Σ x to sums
         (d,) float64, where given and rounded.
         """
-        here = slice(start, start + len(x))
-        if self.scale is None:
-            step = max(1, ALONE // x.shape[1])
-            for at in range(0, len(x), step):
-                self.values[start + at : start + min(at + step, len(x))] = x[at : at + step]
+        here, x = slice(start, start + len(x)), x.cpu()
+        values = self.values[here].numpy()
+        # Copied and rounded by one thread: torch's others would wait for more by spinning, on the processors
+        # that hash and write.
+        if x.dtype == self.values.dtype:
+            np.copyto(values, x.numpy())
             return 0.0, 0.0
-        total = torch.zeros(x.shape[1], dtype=torch.float64) if sums is None else sums
-        return round_rows(
-            x.float().cpu().contiguous().numpy(), LEAST, self.values[here].numpy(), self.scale[here].numpy(),
-            total.numpy(),
-        )  # fmt: skip
+        numbers = x.float().contiguous().numpy()
+        if self.scale is not None:
+            total = torch.zeros(x.shape[1], dtype=torch.float64) if sums is None else sums
+            return round_rows(numbers, LEAST, values, self.scale[here].numpy(), total.numpy())
+        if self.values.dtype == torch.float16:
+            halve(numbers, values)
+        else:
+            np.copyto(values, numbers)
+        return 0.0, 0.0
 
     def take(self, order: Tensor | None = None) -> Tensor:
         """Rows of these numbers, or all: (m, d) in the stored type, in float32 where that is int8."""

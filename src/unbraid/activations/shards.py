@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from unbraid.activations.rows import Rows, Stored
+from unbraid.activations.filling import COLUMNS, Filling
 from unbraid.activations.shardfile import write_tensors
 from unbraid.manifest.errors import IntegrityError, UserError
 from unbraid.manifest.files import becoming, settle, temporary_beside, write_json, writing
@@ -29,12 +29,6 @@ from unbraid.manifest.record import FileEntry
 SETTINGS = "settings.json"
 FINISHED = "shards.jsonl"
 DOCUMENTS = "documents.jsonl"
-COLUMNS = ("tokens", "documents", "positions")
-
-SCALE = ".scale"
-"""What is added to a site's name for the scales of its rows, (n,) float32."""
-PIECE = 512
-"""Rows that are taken back from int8 at a time."""
 
 
 def shard_name(index: int) -> str:
@@ -47,65 +41,6 @@ def row_bytes(widths: Mapping[str, int], dtype: str) -> int:
     scales = len(widths) * torch.float32.itemsize if dtype == "int8" else 0
     values = sum(widths.values()) * getattr(torch, dtype).itemsize
     return values + scales + len(COLUMNS) * torch.int32.itemsize
-
-
-class _Shard:
-    """Rows on their way to a file."""
-
-    def __init__(self, capacity: int, widths: dict[str, int], stored: Stored) -> None:
-        self.capacity, self.rounded = capacity, stored == "int8"
-        self._sites = {site: Rows.empty(capacity, width, stored) for site, width in widths.items()}
-        self._columns = {name: torch.empty(capacity, dtype=torch.int32) for name in COLUMNS}
-        self.clear()
-
-    def clear(self) -> None:
-        """Begin anew."""
-        self.filled = 0
-        # By site sums of squares: of what rounding changed, and of the activations, whose sums come third.
-        self._lost = dict.fromkeys(self._sites, 0.0)
-        self._squares = dict.fromkeys(self._sites, 0.0)
-        self._sums = {
-            site: torch.zeros(rows.values.shape[1], dtype=torch.float64) for site, rows in self._sites.items()
-        }
-
-    def take(self, values: dict[str, Tensor], columns: dict[str, Tensor], start: int) -> int:
-        """Copy as many rows as there is room for, from row `start` on; returns how many."""
-        n = min(self.capacity - self.filled, len(columns["tokens"]) - start)
-        for name, column in self._columns.items():
-            column[self.filled : self.filled + n] = columns[name][start : start + n]
-        for site, rows in self._sites.items():
-            lost, squares = rows.put(self.filled, values[site][start : start + n], self._sums[site])
-            self._lost[site] += lost
-            self._squares[site] += squares
-        self.filled += n
-        return n
-
-    def restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Begin with the rows of a shorter shard that was written, whose record this is."""
-        self.filled = record["rows"]
-        for name, buffer in self._all().items():
-            buffer[: self.filled] = tensors[name]
-        for site, (lost, _) in (record["error"] or {}).items():
-            self._lost[site] = lost
-            for places in torch.arange(self.filled).split(PIECE):
-                x = self._sites[site].take(places)
-                self._squares[site] += float(x.norm()) ** 2
-                self._sums[site] += x.sum(dim=0).double()
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What was taken, by name."""
-        return {name: buffer[: self.filled] for name, buffer in self._all().items()}
-
-    def error(self) -> dict[str, tuple[float, float]] | None:
-        """By site the sums of squares of what rounding changed, and of the distances from the mean."""
-        if not self.rounded:
-            return None
-        of_mean = {site: float(sums.square().sum()) / self.filled for site, sums in self._sums.items()}
-        return {site: (lost, self._squares[site] - of_mean[site]) for site, lost in self._lost.items()}
-
-    def _all(self) -> dict[str, Tensor]:
-        scales = {site + SCALE: rows.scale for site, rows in self._sites.items() if rows.scale is not None}
-        return {site: rows.values for site, rows in self._sites.items()} | scales | self._columns
 
 
 def read_finished(folder: Path) -> list[dict[str, Any]]:
@@ -183,7 +118,7 @@ class ShardWriter:
         self._after = after
         self._before = [] if after is None else finished_of(after.file(FINISHED))
         self._open(settings)
-        self._shards = [_Shard(self.capacity, widths, settings["dtype"]) for _ in range(2)]
+        self._shards = [Filling(self.capacity, widths, settings["dtype"]) for _ in range(2)]
         """The one that is being filled, and the one that is being written."""
         self._threads = [ThreadPoolExecutor(1, f"unbraid-shards-{name}") for name in ("write", "settle")]
         """One writes a shard while the other waits until the one before is on the disk."""
@@ -360,7 +295,7 @@ class ShardWriter:
             thread.shutdown()
         self._documents.close()
 
-    def _write(self, path: Path, shard: _Shard, digest: str) -> None:
+    def _write(self, path: Path, shard: Filling, digest: str) -> None:
         temporary = temporary_beside(path)
         with becoming(temporary, path):
             size, hashed = write_tensors(temporary, shard.tensors())

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from unbraid.activations.cache import Cache, Fetched, default_cache
+from unbraid.activations.filling import COLUMNS, SCALE
 from unbraid.activations.rows import Rows
 from unbraid.activations.shardfile import Place, memory, places
-from unbraid.activations.shards import COLUMNS, DOCUMENTS, SCALE, shard_name
+from unbraid.activations.shards import DOCUMENTS, shard_name
 from unbraid.manifest.errors import IntegrityError, UserError
 from unbraid.manifest.record import Manifest, check_files, read_manifest
 from unbraid.manifest.remote import Remote, is_url

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from unbraid.activations.documents import read_documents
+from unbraid.activations.follow import Following
+from unbraid.activations.inorder import BUFFER_TOKENS
 from unbraid.activations.store import ActivationStore
 from unbraid.cli.models import open_model
 from unbraid.cli.progress import shown
 from unbraid.cli.saes import this_command
 from unbraid.cli.sinks import Tool, logging_to
+from unbraid.manifest.errors import UserError
 from unbraid.recipes.sweep import Text, run_sweep
 from unbraid.training.config import LoopOptions
 from unbraid.training.grid import Grid
@@ -37,6 +41,11 @@ class Options:
     blank lines, or a Hugging Face dataset as hf:owner/name[:split]; #field names another field."""
     out: Path
     """Folder to make; a sweep that was killed goes on where it stopped."""
+    follow: bool = False
+    """Read the activations in the order of capture, shuffled within a buffer, and wait for what is not there
+    yet: the capture may still run. Measuring begins when it has ended."""
+    buffer_tokens: int | None = None
+    """Tokens held in memory and shuffled by --follow; 131,072 if left out."""
     tokens: int = 20_000
     """Tokens to measure on."""
     context: int = 256
@@ -53,8 +62,8 @@ class Options:
 
 def run(options: Options) -> None:
     """Sweep, and print the table."""
-    store = ActivationStore(options.activations)
-    next(read_documents(options.text))  # a wrong file is told before a large model is loaded
+    next(read_documents(options.text))  # a wrong file is told before a capture is waited for, or a model read
+    store = _activations(options)
     lm = open_model(options.model, device=options.config.device)
     text = Text(lambda: read_documents(options.text), options.text.name, options.tokens, options.context)
     with logging_to(options.log_to) as on_log:
@@ -66,6 +75,19 @@ def run(options: Options) -> None:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
         _show(found, options.out)
+
+
+def _activations(options: Options) -> ActivationStore | Following:
+    if options.follow:
+        buffer = BUFFER_TOKENS if options.buffer_tokens is None else options.buffer_tokens
+        return Following(options.activations, buffer_tokens=buffer, say=_say)
+    if options.buffer_tokens is not None:
+        raise UserError("--buffer-tokens belongs to --follow; add it or leave it out")
+    return ActivationStore(options.activations)
+
+
+def _say(what: str) -> None:
+    print(f"sweep: {what}", file=sys.stderr, flush=True)
 
 
 def _show(found: Mapping[str, Any], out: Path) -> None:

@@ -30,8 +30,9 @@ from safetensors.numpy import load_file, save_file
 from scipy.sparse import csr_array
 from scipy.special import ndtri
 
+from unbraid.activations.filling import COLUMNS
 from unbraid.activations.rows import misfit
-from unbraid.activations.shards import COLUMNS, ShardWriter, row_bytes
+from unbraid.activations.shards import ShardWriter, row_bytes
 from unbraid.activations.space import Space
 from unbraid.activations.store import KIND, ActivationStore
 from unbraid.manifest.errors import IntegrityError, UserError

@@ -16,7 +16,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import unbraid
 from unbraid.activations.documents import Document
-from unbraid.activations.store import ActivationStore
 from unbraid.activations.text import require_tokenizer
 from unbraid.evaluation.evaluate import evaluate_all
 from unbraid.manifest.files import building, write_json, write_text
@@ -29,6 +28,7 @@ from unbraid.training.config import LoopOptions
 from unbraid.training.grid import Grid, Trial, trials
 from unbraid.training.memory import available, needed
 from unbraid.training.run import sae_config
+from unbraid.training.sources import Activations
 from unbraid.training.trainer import Job, OnLog, train_together
 from unbraid.ui.charts import Point, Series, scatter
 
@@ -60,7 +60,7 @@ class Text:
 
 
 def run_sweep(
-    store: ActivationStore,
+    store: Activations,
     lm: LanguageModel,
     text: Text,
     grid: Grid,
@@ -72,17 +72,19 @@ def run_sweep(
     on_log: OnLog | None = None,
 ) -> dict[str, Any]:
     """Train, measure and compare into the folder `out`; returns the content of its sweep.json. `on_log` is
-    handed every line of the trainings' logs.
+    handed every line of the trainings' logs. A `follow.Following` may still be written while they train.
 
     Raises UserError for a grid that cannot be trained, and as `train` and `evaluate` do.
     """
-    require_tokenizer(lm, store.tokenizer_id, store.folder)
+    require_tokenizer(lm, store.tokenizer_id, str(store))
     every = trials(grid, options, store)
+    read = every[0].sources
     with building(out) as folder:
         remember_settings(
             folder,
             {
-                "activations": store.id, "model": lm.id, "grid": asdict(grid), "options": asdict(options),
+                "activations": read.so_far(1), "model": lm.id,
+                "grid": asdict(grid), "options": asdict(options),
                 "text": {"name": text.name, "tokens": text.tokens, "context": text.context},
             },
         )  # fmt: skip
@@ -109,15 +111,16 @@ def run_sweep(
         summary = summarise(every, evaluations)
         write_json(folder / "sweep.json", summary)
         write_text(folder / "report.html", render(summary, command))
+        origin = read.origin(1)
         write_manifest(
             folder,
             kind=KIND,
             command=command,
             seed=grid.seed[0],
-            inputs={"activations": store.id, "model": lm.id}
+            inputs={**origin.inputs, "model": lm.id}
             | {t.name: read_manifest(folder / t.name).id for t in every},
-            facts={"points": len(summary["points"]), "tokens": summary["tokens"]},
-            paths={"activations": store.folder} | {t.name: folder / t.name for t in every},
+            facts={"points": len(summary["points"]), "tokens": summary["tokens"], **origin.facts},
+            paths={**origin.paths} | {t.name: folder / t.name for t in every},
         )
     return summary
 

@@ -8,12 +8,11 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
-from unbraid.activations.store import ActivationStore
 from unbraid.manifest.errors import UserError
 from unbraid.sae.options import read_options
 from unbraid.sae.registry import architecture
 from unbraid.training.config import LoopOptions, TrainConfig
-from unbraid.training.sources import Sources, choose_sources
+from unbraid.training.sources import Activations, Sources, choose_sources
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Trial:
         return f"{self.point}-seed{self.config.seed}"
 
 
-def trials(grid: Grid, options: LoopOptions, store: ActivationStore) -> list[Trial]:
+def trials(grid: Grid, options: LoopOptions, store: Activations) -> list[Trial]:
     """Every combination once. Raises UserError for settings that cannot be trained with."""
     given = _by_architecture(grid)
     sites = grid.site or tuple(map(str, store.sites))
