@@ -13,6 +13,7 @@ from itertools import combinations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from scipy.special import expit, logit
 from scipy.stats import t as student
@@ -105,10 +106,11 @@ def over_seeds(decoders: Sequence[Tensor], metric: str) -> Interval:
         return Interval(value, value, value, 1)
     without = [np.mean([v for pair, v in pairs.items() if i not in pair]) for i in range(n)]
     # On the logit's scale, where a lucky seed pulls no further up than an unlucky one pulls down.
-    inside = np.clip([value, *without], 1e-9, 1 - 1e-9)
-    middle, *apart = logit(inside)
-    half = student.ppf(0.975, n - 1) * np.sqrt((n - 1) / n * np.square(apart - np.mean(apart)).sum())
-    low, high = expit([middle - half, middle + half])
+    inside = np.clip(np.array([value, *without], dtype=np.float64), 1e-9, 1 - 1e-9)
+    scaled: NDArray[np.float64] = logit(inside)
+    middle, apart = float(scaled[0]), scaled[1:] - scaled[1:].mean()
+    half = float(student.ppf(0.975, n - 1) * np.sqrt((n - 1) / n * np.square(apart).sum()))
+    low, high = expit(middle - half), expit(middle + half)
     return Interval(value, min(float(low), value), max(float(high), value), n)
 
 
