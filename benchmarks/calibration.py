@@ -21,10 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.stats import norm
 
+from unbraid.evaluation.drawn import Share, Tokens, mean_of
+from unbraid.evaluation.stability import over_seeds, similarity
 from unbraid.features.find import FindConfig, find
+from unbraid.features.labels.contexts import Evidence, Window
+from unbraid.features.labels.scores import classified
+from unbraid.stats.agreement import agreement
 from unbraid.stats.bootstrap import (
     Interval,
     bootstrap_mean,
@@ -270,6 +276,81 @@ def seeds(rng: Rng, n: int) -> Measured:
     return mean_of_runs(rng.normal(1, 0.1, n)), None, 1.0
 
 
+def judges(rng: Rng, n: int, people: int, truth: float, what: str) -> Measured:
+    """Agreement on n things. Each person sees the right one of three values with the chance √truth, and
+    otherwise draws one by the same frequencies, so that kappa and alpha are `truth`."""
+    often = np.array([0.5, 0.3, 0.2])
+    right, drawn = rng.choice(3, n, p=often), rng.choice(3, (people, n), p=often)
+    said = np.where(rng.random((people, n)) < truth**0.5, right, drawn)
+    found = agreement([(str(u), str(p), str(said[p, u])) for p in range(people) for u in range(n)])
+    assert found is not None and found.krippendorff is not None
+    same = (said[0] == said[1]).astype(np.float64)
+    if what == "alpha":
+        return found.krippendorff, None, truth
+    if what == "kappa":
+        kappa = found.cohen["0", "1"]
+        assert kappa is not None
+        return kappa, None, truth
+    plain = percentiles(same, np.ones(n), rng) if people == 2 else None
+    return found.percent, plain, float(truth + (1 - truth) * np.square(often).sum())
+
+
+def label_score(rng: Rng, n: int, each: int, tpr: float, tnr: float) -> Measured:
+    """Balanced accuracy of a judge (MOVER): `each` windows of n documents of either kind."""
+
+    def windows(rate_: float, kind: str) -> tuple[list[Window], list[bool]]:
+        chance = np.repeat(rng.beta(4 * rate_, 4 * (1 - rate_), n), each)
+        fires = np.ones(1, dtype=np.float32)
+        made = [Window(f"{kind}{i // each}", i, 0, (0,), ("a",), fires) for i in range(n * each)]
+        return made, (rng.random(n * each) < chance).tolist()
+
+    positives, hits = windows(tpr, "p")
+    negatives, rejected = windows(tnr, "n")
+    evidence = Evidence(0, (), (), tuple(positives), tuple(negatives))
+    answers = [*hits, *(not right for right in rejected)]
+    found = classified("detection", "judge", evidence, answers, 0).value
+    assert found is not None
+    return found, None, (tpr + tnr) / 2
+
+
+def share_of_tokens(rng: Rng, n: int, what: str, count: int) -> Measured:
+    """Purity, completeness or AUROC of latents of `count` concepts in n documents, which differ in all."""
+    document = np.repeat(np.arange(n), tokens(rng, n).astype(int))
+    by_document = Tokens(document)
+    some: list[Share] = []
+    for _ in range(count):
+        often, finds, errs = (rng.beta(a, b, n)[document] for a, b in ((2, 8), (8, 2), (1, 19)))
+        label = rng.random(len(document)) < often
+        fires = rng.random(len(document)) < np.where(label, finds, errs)
+        if what == "auroc":
+            level = 0.5 * rng.normal(size=n)[document] + rng.normal(size=len(document))
+            some.append(by_document.auroc(1.5 * label + level, label))
+        else:
+            some.append(by_document.ratio(fires & label, label if what == "completeness" else fires))
+    truth = float(norm.cdf(1.5 / 2.5**0.5)) if what == "auroc" else 0.8
+    return mean_of(some, n), None, truth
+
+
+def dictionaries(rng: Rng, n: int) -> list[torch.Tensor]:
+    """n decoders (24, 12) with common directions, each with as much noise of its own as its seed had luck."""
+    common = np.random.default_rng(0).normal(size=(24, 12))
+    return [
+        torch.from_numpy(common + rng.gamma(4, 0.12) * rng.normal(size=common.shape)).float()
+        for _ in range(n)
+    ]
+
+
+@cache
+def similar() -> float:
+    """What PW-MCC is on average, of 1,500 pairs of their own."""
+    rng = np.random.default_rng(1)
+    return float(np.mean([similarity(*dictionaries(rng, 2), "pw_mcc") for _ in range(1500)]))
+
+
+def stable(rng: Rng, n: int) -> Measured:
+    return over_seeds(dictionaries(rng, n), "pw_mcc"), None, similar()
+
+
 INTERVALS: dict[str, Callable[[Rng], Measured]] = {
     **{
         f"mean, {skew}, {n} documents": lambda rng, n=n, skew=skew: mean_of_documents(rng, n, skew)
@@ -307,6 +388,27 @@ INTERVALS: dict[str, Callable[[Rng], Measured]] = {
     },
     "risk difference .3 − .1, 40 + 60": lambda rng: difference_of_rates(rng, 40, 60, 0.3, 0.1),
     "risk difference .95 − .02, 30 + 30": lambda rng: difference_of_rates(rng, 30, 30, 0.95, 0.02),
+    **{
+        f"agreement, {what}, {n} things, {people} people, {truth:g}": (
+            lambda rng, what=what, n=n, people=people, truth=truth: judges(rng, n, people, truth, what)
+        )
+        for what in ("percent", "kappa", "alpha")
+        for n, people, truth in ((30, 2, 0.9), (30, 3, 0.6), (100, 3, 0.6))
+    },
+    **{
+        f"label score, {n} documents × {each}, {tpr:g} and {tnr:g}": (
+            lambda rng, n=n, each=each, tpr=tpr, tnr=tnr: label_score(rng, n, each, tpr, tnr)
+        )
+        for n, each, tpr, tnr in ((25, 2, 0.8, 0.7), (50, 1, 0.95, 0.9))
+    },
+    **{
+        f"concepts, {what}, {n} documents, mean of {count}": (
+            lambda rng, what=what, n=n, count=count: share_of_tokens(rng, n, what, count)
+        )
+        for what in ("purity", "completeness", "auroc")
+        for n, count in ((15, 1), (30, 4), (100, 1))
+    },
+    **{f"PW-MCC of {n} seeds": lambda rng, n=n: stable(rng, n) for n in (3, 5)},
     **{f"mean of {n} seeds": lambda rng, n=n: seeds(rng, n) for n in (3, 5)},
 }  # fmt: skip
 

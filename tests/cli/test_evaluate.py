@@ -61,7 +61,7 @@ def test_an_artifact_with_a_page_that_loads_nothing(
     printed = json.loads(out)["evaluations"]
     assert [one["sae"] for one in printed] == saes
     assert [v["kept"] for v in printed[0]["verdicts"]] == [True, False]
-    assert printed[0]["references"].keys() == {"untrained", "pca", "neurons", "directions"}
+    assert printed[0]["references"].keys() == {"untrained", "pca", "neurons", "directions", "mean"}
     manifest = check_files(tmp_path / "ev")
     assert manifest.kind == "evaluation" and manifest.facts["kept"] is False
     names = sorted(manifest.files)

@@ -66,7 +66,8 @@ def test_the_table_and_the_json_say_the_same(
     words = ["practice", "concepts", "--sae", str(sae), "--conversations", "90"]
     assert main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found["rows"]) == {"sae", "untrained", "random directions", "DiffMean"}
+    floors = {"untrained", "random directions", "neurons", "PCA", "predict none"}
+    assert set(found["rows"]) == {"sae", "DiffMean", "linear probe"} | floors
     assert set(found["rows"]["sae"]) <= set(DEFINITIONS) and found["site"] == "layers.1.resid_post"
     rows = found["details"]["concepts"]["sae"]
     assert {"drug", "dosage", "topic=medical advice"} & {row["concept"] for row in rows}

@@ -18,11 +18,13 @@ from unbraid.activations.documents import Document
 from unbraid.evaluation import concepts as concepts_module
 from unbraid.evaluation import tokens as token_module
 from unbraid.evaluation.concepts import ConceptRow, best_latent_p_values, concepts, join_order
+from unbraid.evaluation.detectors import best_bar
 from unbraid.evaluation.labelled import Reading, SuiteResult, Tokens, split_documents
 from unbraid.manifest.errors import UserError
 from unbraid.model.sites import Site
 from unbraid.sae.base import SAE, SAEConfig
 from unbraid.sae.registry import build
+from unbraid.stats.bootstrap import wilson
 from unbraid.stats.effects import auroc
 from unbraid.stats.permutation import familywise_p_value, max_statistic_null
 
@@ -100,13 +102,23 @@ def test_latents_that_are_the_concepts_are_pure_and_complete() -> None:
         row = rows["good"][concept]
         assert row.latent == latent and row.joined == (latent,)
         for metric in ("purity", "completeness", "auroc", "split_purity", "split_completeness"):
-            assert row.metrics[metric].value == row.metrics[metric].low == 1.0, metric
+            found = row.metrics[metric]  # nothing varies, which is not to say that nothing ever will
+            assert (found.value, found.low, found.high) == (
+                1.0,
+                pytest.approx(wilson(found.n, found.n)[0]),
+                1.0,
+            )
         assert _value(row, "absorbed") == 0.0 and _value(row, "split") == 1.0
         assert row.metrics["purity"].n > 30
     assert rows["good"]["tone"].p_value is not None and rows["good"]["tone"].p_value <= 0.01
     assert rows["good"]["drug"].p_value is None  # every document has one, so labels cannot be exchanged
     assert result.rows["good"]["purity"].value == 1.0 and result.rows["good"]["found"].value == 1.0
-    assert result.rows["DiffMean"]["auroc"].value > 0.99 and result.baselines == ("DiffMean",)
+    assert result.rows["DiffMean"]["auroc"].value > 0.99
+    assert result.baselines == ("DiffMean", "linear probe", "predict none")
+    for name in ("DiffMean", "linear probe"):  # directions along which these concepts are wholly apart
+        assert all(result.rows[name][m].value > 0.98 for m in ("purity", "completeness", "auroc"))
+    nothing = {metric: i.value for metric, i in result.rows["predict none"].items()}
+    assert nothing == {"completeness": 0.0, "auroc": 0.5}  # of what never fires there is no purity
 
 
 def test_a_concept_over_two_latents_is_split() -> None:
@@ -175,6 +187,55 @@ def test_every_number_is_that_of_a_plain_count() -> None:
         assert _value(row, "purity") == pytest.approx((label & (value > 0)).sum() / (value > 0).sum())
         assert _value(row, "auroc") == pytest.approx(float(auroc(value, label)), abs=1e-6)
         assert all(i.low <= i.value <= i.high for i in row.metrics.values())
+
+
+def test_detectors_are_those_of_plain_moments() -> None:
+    result, _ = _run(it=_sae(np.eye(D)))
+    splits = split_documents(DOCUMENTS, 0)
+    x, labels = dict[str, list[np.ndarray]](), dict[str, list[bool]]()
+    for batch, split in zip(_read_tokens(None, DOCUMENTS, None), splits.tolist(), strict=True):
+        x.setdefault(split, []).append(batch.x.double().numpy())
+        labels.setdefault(split, []).extend("drug" in here for here in batch.concepts())
+    rows, there = (
+        {split: np.concatenate(v) for split, v in x.items()},
+        {s: np.array(v) for s, v in labels.items()},
+    )
+    chosen, label = rows["select"], there["select"]
+    gap = chosen[label].mean(axis=0) - chosen[~label].mean(axis=0)
+    covariance = np.cov(chosen.T, bias=True)
+    ridge = 1e-3 * np.trace(covariance) / D * np.eye(D)
+    mean = {name: [] for name in ("DiffMean", "linear probe")}
+    for name, direction in (("DiffMean", gap), ("linear probe", np.linalg.solve(covariance + ridge, gap))):
+        fit, test = (
+            (rows[s] - chosen.mean(axis=0)) @ (direction / np.linalg.norm(direction)) for s in ("fit", "test")
+        )
+        f1 = [
+            2 * ((fit >= bar) & there["fit"]).sum() / ((fit >= bar).sum() + there["fit"].sum()) for bar in fit
+        ]
+        lowest = fit[int(np.argmax(f1))]
+        fires = test >= (lowest + fit[fit < lowest].max()) / 2
+        mean[name] = [
+            (fires & there["test"]).sum() / fires.sum(),
+            (fires & there["test"]).sum() / there["test"].sum(),
+            float(auroc(test, there["test"])),
+        ]
+    columns = result.details["detectors"]
+    for name, wanted in mean.items():
+        found = [columns[name]["drug"][m] for m in ("purity", "completeness", "auroc")]
+        assert found == pytest.approx(wanted, abs=1e-6), name
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 10**6), n=st.integers(2, 30))
+def test_the_bar_is_the_one_with_the_best_f1(seed: int, n: int) -> None:
+    rng = np.random.default_rng(seed)
+    scores, label = rng.integers(0, 6, n).astype(np.float64), rng.random(n) < 0.5
+
+    def f1(bar: float) -> float:
+        fires = scores >= bar
+        return 2 * (fires & label).sum() / max(fires.sum() + label.sum(), 1)
+
+    assert f1(best_bar(scores, label)) == pytest.approx(max(f1(bar) for bar in scores))
 
 
 @settings(deadline=None, max_examples=10)

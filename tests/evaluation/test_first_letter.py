@@ -122,6 +122,12 @@ def test_the_suite_runs_on_words_and_says_when_there_are_too_few(lm: LanguageMod
         assert interval.low <= interval.value <= interval.high, name
         assert 0 <= interval.value <= (10 if name == "mean_num_split_features" else 1)
     assert found.rows["sae"]["mean_num_split_features"].value >= 1
+    # A latent a letter that fires where the letter's probe is right leaves nothing to be absorbed.
+    ideal = found.rows["letter probes"]
+    assert ideal["mean_full_absorption_score"].value == ideal["mean_absorption_fraction_score"].value == 0
+    assert "letter probes" in found.baselines
+    letters = found.details["letters"]["letter probes"]
+    assert [its["main"][0] for its in letters.values()] == list(range(len(letters)))
     few = vocabulary(lm)
     assert few and all(word.labels["first letter"] == (word.text or "")[1].lower() for word in few)
     with pytest.raises(UserError, match="too few to probe for first letters"):

@@ -39,6 +39,10 @@ def test_principal_components_leave_the_smallest_eigenvalues(
     assert found.references["directions"]["fvu"].value > found.references["pca"]["fvu"].value
     assert found.references["untrained"].keys() >= {"fvu", "delta_ce", "dead", "max_decoder_cosine"}
     assert found.references["pca"].keys() >= {"fvu", "delta_ce"} and "dead" not in found.references["pca"]
+    nothing, own = found.references["mean"], found.metrics
+    assert nothing["fvu"].value == pytest.approx(1, abs=1e-6) and nothing["l0"].value == 0
+    assert nothing["delta_ce"].value == pytest.approx(own["ce_mean"].value - own["ce_clean"].value, rel=1e-9)
+    assert nothing["kl_sae"] == own["kl_mean"] and nothing["recovered_mean"].value == 0
     for metrics in found.references.values():  # the bare model is the same beside each
         assert metrics["ce_clean"] == found.metrics["ce_clean"]
 

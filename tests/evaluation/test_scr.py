@@ -66,8 +66,12 @@ def _scr(pooled: Pooled, sae: SAE, thresholds: tuple[int, ...] = (2, 5)) -> Suit
 def test_without_the_latents_of_the_bias_the_probe_reads_what_it_should() -> None:
     found = _scr(POOLED, BOTH)
     directions = {"neurons", "PCA", "random directions", "DiffMean", "probe direction"}
-    assert set(found.baselines) == directions | {"sae: random latents"}  # of the other four that fire
+    assert set(found.baselines) == directions | {
+        "sae: random latents",
+        "ablate none",
+    }  # of the other four that fire
     assert all(set(row) <= set(DEFINITIONS) for row in found.rows.values())
+    assert all(i.value == i.low == i.high == 0 for i in found.rows["ablate none"].values())
     good = found.rows["sae"]
     # The two latents of sex are all that speaks of it: nothing but the job is left for the probe to read.
     assert good[TWO].value > 0.9 and good[TWO].n == 3

@@ -77,3 +77,19 @@ def test_only_seeds_are_compared() -> None:
         stability({"a": saes["a"], "wide": saes["wide"]}, 0)
     with pytest.raises(UserError, match="autoencoder b is not finite"):
         stability({"a": saes["a"], "b": _sae(torch.full((6, 4), torch.nan))}, 0)
+
+
+def test_the_interval_is_students_about_the_logit_by_the_jackknife() -> None:
+    base = _random(0, 24, 12)
+    others = [base + noise * _random(seed, 24, 12) for seed, noise in ((1, 0.2), (2, 0.4), (3, 0.6))]
+    pairs = [similarity(others[i], others[j], "pw_mcc") for i, j in ((1, 2), (0, 2), (0, 1))]
+    z = [np.log(p / (1 - p)) for p in pairs]  # each is what is left without one of the three
+    half = 4.302653 * np.sqrt(2 / 3 * sum((one - np.mean(z)) ** 2 for one in z))  # t of 2 degrees of freedom
+    middle = np.log(np.mean(pairs) / (1 - np.mean(pairs)))
+    found = over_seeds(others, "pw_mcc")
+    assert found.value == pytest.approx(np.mean(pairs))
+    assert (found.low, found.high) == pytest.approx(
+        tuple(1 / (1 + np.exp(-(middle + side * half))) for side in (-1, 1)), rel=1e-5
+    )
+    alike = over_seeds([base] * 3, "pw_mcc")
+    assert alike.low > 0.999 and alike.high >= alike.value

@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from unbraid.activations.documents import Document
-from unbraid.evaluation.baselines import principal_components, random_directions, unit_directions, untrained
+from unbraid.evaluation.baselines import (
+    principal_components,
+    random_directions,
+    unit_directions,
+    untrained,
+    without_training,
+)
 from unbraid.evaluation.labelled import SuiteResult
 from unbraid.evaluation.saebench_suites import (
     absorption_results,
@@ -74,7 +80,15 @@ def test_every_metric_of_every_suite_has_a_definition_of_its_own(results: dict[s
 def test_an_autoencoder_and_its_floors_stand_in_each_table(results: dict[str, SuiteResult]) -> None:
     floor = "untrained topk 96 k=24"
     assert {"one", "two", floor, "neurons", "PCA", "DiffMean", "predict none"} < set(results["probing"].rows)
-    assert {"one", floor, "random directions like one", "DiffMean"} < set(results["concepts"].rows)
+    like = {
+        f"{kind} like {name}" for kind in ("neurons", "PCA", "random directions") for name in ("one", "two")
+    }
+    beside = {"DiffMean", "linear probe", "predict none"}
+    assert set(results["concepts"].rows) == {"one", "two", floor} | like | beside
+    for suite in ("tpp", "scr"):
+        assert {"neurons", "PCA", "random directions", "DiffMean", "ablate none", "probe direction"} < set(
+            results[suite].rows
+        )
     (row,) = (name for name in results["stability"].rows if name not in results["stability"].baselines)
     assert results["stability"].rows[row]["pw_mcc"].value == pytest.approx(1, abs=1e-5)  # reordered latents
     # The planted words are the tokens of these texts, which one activation tells apart.
@@ -195,3 +209,19 @@ def test_directions_are_orthogonal_or_random() -> None:
     np.testing.assert_allclose(found.T @ found, np.eye(4), atol=1e-10)
     assert abs(found[0, 0]) > 0.8 > abs(found[0, 1])
     np.testing.assert_allclose(np.linalg.norm(unit_directions(5, 7, 0), axis=0), 1)
+
+
+def test_neurons_and_components_are_the_largest_coordinates(sae: SAE) -> None:
+    x = torch.randn(400, sae.config.d_in, generator=torch.Generator().manual_seed(3)) @ torch.diag(
+        torch.linspace(3, 0.1, sae.config.d_in)
+    ) + 0.5  # fmt: skip
+    found = without_training(sae, x)
+    k = round(float(sae.encode(x).l0().double().mean()))
+    centred = (x.double() - x.double().mean(dim=0)).numpy()
+    _, vectors = np.linalg.eigh(np.cov(centred.T))
+    for name, axes in (("neurons", np.eye(sae.config.d_in)), ("PCA", vectors)):
+        along = centred @ axes
+        kept = np.where(np.abs(along) >= np.sort(np.abs(along), axis=1)[:, [-k]], along, 0)
+        wanted = kept @ axes.T + x.double().mean(dim=0).numpy()
+        np.testing.assert_allclose(found[name](x).x_hat.numpy(), wanted, atol=2e-3, err_msg=name)
+        assert found[name].config.d_sae == 2 * sae.config.d_in

@@ -41,7 +41,9 @@ SITE = Site.parse("layers.1.resid_post")
 def _tpp(pooled: Pooled, sae: SAE) -> dict[str, float]:
     found = tpp(pooled, {"sae": sae}, (), DOCUMENTS, 0, thresholds=(2, 5), reseeds=3)
     assert set(found.rows["sae"]) <= set(DEFINITIONS) and "sae" not in found.baselines
-    assert {"neurons", "PCA", "random directions", "DiffMean", "probe direction"} == set(found.baselines)
+    directions = {"neurons", "PCA", "random directions", "DiffMean", "probe direction"}
+    assert directions | {"ablate none"} == set(found.baselines)
+    assert all(i.value == i.low == i.high == 0 for i in found.rows["ablate none"].values())
     assert all(i.low <= i.value <= i.high and i.n == 3 for row in found.rows.values() for i in row.values())
     return {metric: interval.value for metric, interval in found.rows["sae"].items()}
 
@@ -151,10 +153,14 @@ def test_removal_keeps_to_its_price_and_names_what_it_did(lm: LanguageModel, sae
     reading = Reading(SITE)
     pooled = pool(lm, documents, {"sae": sae}, reading)
     found = removal(pooled, {"sae": sae}, (), lm, documents, reading, 0, cost=1e9, resamples=50)
-    assert set(found.rows) == {"sae", "sae: random latents", "DiffMean"}
+    directions = {"neurons", "PCA", "random directions", "DiffMean", "probe direction"}
+    assert set(found.rows) == {"sae", "sae: random latents", "ablate none"} | directions
+    assert set(found.baselines) == set(found.rows) - {"sae"}
+    assert all(i.value == i.low == i.high == 0 for i in found.rows["ablate none"].values())
     assert all(set(row) == set(REMOVAL) for row in found.rows.values())
     assert set(found.details["doses"]["sae"].values()) == {"20 latents"}  # any price is paid
-    assert found.rows["DiffMean"]["removal_target_probe"].value > 0.3
+    for way in ("DiffMean", "probe direction"):
+        assert found.rows[way]["removal_target_probe"].value > 0.3, way
     none = removal(pooled, {"sae": sae}, (), lm, documents, reading, 0, cost=-1e9, resamples=50)
     assert set(none.details["doses"]["sae"].values()) == {"no dose is cheap enough"}
     assert all(i.value == 0 for row in none.rows.values() for i in row.values())
@@ -188,3 +194,32 @@ def test_what_is_ablated_in_the_model_is_what_is_ablated_in_the_means(lm: Langua
     expected = sums[rows] / pooled.tokens[rows, None]
     np.testing.assert_allclose(dose.means(rows), expected, atol=1e-4)
     np.testing.assert_allclose(ablated(pooled.raw, basis, rows, latents), expected, atol=1e-4)
+
+
+def test_directions_that_are_taken_away_are_so_in_the_model_as_in_the_means(
+    lm: LanguageModel, sae: SAE
+) -> None:
+    from unbraid.evaluation.labelled import read_tokens
+    from unbraid.evaluation.removal import _ways  # pyright: ignore[reportPrivateUsage]
+
+    documents, reading = _spoken(200), Reading(SITE)
+    pooled = pool(lm, documents, {"sae": sae}, reading)
+    task = tasks(documents, split_documents(documents, 0), 0)[0]
+    probe = fit_probe(pooled.raw, task)
+    ways = _ways(pooled, {"sae": sae}, task, probe, 0)
+    rows, select = task.rows["test"], task.rows["select"]
+    centre = pooled.raw[select].mean(axis=0)
+    for way in ("neurons", "PCA", "random directions", "probe direction", "ablate none"):
+        dose = ways[way][-1]
+        sums = np.zeros_like(pooled.raw)
+        for batch in read_tokens(lm, documents, reading):
+            np.add.at(sums, batch.document, dose.change(batch.x).double().numpy())
+        expected = sums[rows] / pooled.tokens[rows, None]
+        np.testing.assert_allclose(dose.means(rows), expected, atol=1e-3, err_msg=way)
+    # One neuron: the coordinate whose means differ most, by the probe's weight, is put at its mean.
+    yes = task.positive["select"]
+    gap = pooled.raw[select[yes]].mean(axis=0) - pooled.raw[select[~yes]].mean(axis=0)
+    neuron = int(np.argmax(gap * probe.weight))
+    wanted = pooled.raw[rows].copy()
+    wanted[:, neuron] = centre[neuron]
+    np.testing.assert_allclose(ways["neurons"][0].means(rows), wanted, atol=1e-9)

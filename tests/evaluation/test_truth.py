@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
 from unbraid.evaluation.synthetic import BLOCK, Planted, PlantedConfig
-from unbraid.evaluation.truth import DEFINITIONS, judge, measure, probe
+from unbraid.evaluation.truth import DEFINITIONS, difference_of_means, judge, measure, probe
 from unbraid.manifest.errors import UserError
 from unbraid.sae.base import SAE, SAEConfig
 from unbraid.sae.registry import build
@@ -174,7 +174,17 @@ def test_probes_reach_what_a_converged_logistic_regression_does(world: Planted) 
 def test_the_table_has_floor_and_ceiling_around_what_is_judged(world: Planted) -> None:
     saes = {"a": dictionary(world, 1.0), "b": dictionary(world, 1.1)}
     verdict = judge(saes, world, samples=SAMPLES, fitted_on=32 * BLOCK)
-    names = ["untrained", "random directions", "a", "b", "mean of 2", "true dictionary", "logistic probes"]
+    fixed = ["predict none", "neurons", "PCA", "DiffMean"]
+    names = [
+        *fixed,
+        "untrained",
+        "random directions",
+        "a",
+        "b",
+        "mean of 2",
+        "true dictionary",
+        "logistic probes",
+    ]
     assert [row.name for row in verdict.rows] == names
     rows = {row.name: row.metrics for row in verdict.rows}
     judged = rows["mean of 2"]
@@ -188,8 +198,47 @@ def test_the_table_has_floor_and_ceiling_around_what_is_judged(world: Planted) -
     assert rows["logistic probes"]["f1"].value > rows["true dictionary"]["f1"].value
     assert set(rows["logistic probes"]) == {"f1", "precision", "recall"}
     assert judged["f1"].n == 2 and rows["a"]["f1"].n == 1
+    for floor in ("neurons", "PCA"):  # signed coordinates, as many as latents fire, find no feature
+        assert rows[floor]["f1"].value < judged["f1"].value and rows[floor]["mcc"].value < judged["mcc"].value
+        assert rows[floor]["l0"].value == pytest.approx(judged["l0"].value, abs=0.5)
     again = judge({"a": saes["a"]}, world, samples=SAMPLES, fitted_on=32 * BLOCK)
-    assert again.rows[2].metrics == rows["a"]
+    assert again.rows[6].metrics == rows["a"]
+
+
+def test_predicting_nothing_explains_and_detects_nothing(world: Planted) -> None:
+    rows = {row.name: row.metrics for row in judge({"a": dictionary(world)}, world, samples=SAMPLES,
+                                                   fitted_on=8 * BLOCK).rows}  # fmt: skip
+    nothing = rows["predict none"]
+    assert set(nothing) == set(DEFINITIONS) - {"mcc", "uniqueness"}
+    assert nothing["f1"].value == nothing["recall"].value == nothing["l0"].value == 0
+    assert nothing["dead"].value == 1
+    assert nothing["ev"].value == pytest.approx(0, abs=0.01)  # the mean is that of other samples
+
+
+def test_the_difference_of_means_by_brute_force(world: Planted) -> None:
+    found = difference_of_means(world, 12, SAMPLES, 8 * BLOCK)
+    counts = {"fit": 8 * BLOCK, "threshold": SAMPLES, "report": SAMPLES}
+    parts = {stream: list(world.batches(stream, n)) for stream, n in counts.items()}  # type: ignore[arg-type]
+    x, there = (
+        {stream: np.concatenate([part[i] if i == 0 else part[i].toarray()[:, :12] > 0 for part in some])
+         for stream, some in parts.items()}
+        for i in (0, 1)
+    )  # fmt: skip
+    f1, rows = [], []
+    for feature in range(12):
+        yes = there["fit"][:, feature]
+        with_, without = (x["fit"][side].mean(axis=0, dtype=float) for side in (yes, ~yes))
+        rows.append((with_ - without) / np.linalg.norm(with_ - without))
+        score = {s: (x[s] - without) @ (with_ - without) / np.square(with_ - without).sum() for s in x}
+        bars = np.linspace(0, 2, 33)
+        tried = [f1_score(there["threshold"][:, feature], score["threshold"] > bar) for bar in bars]
+        best = bars[int(np.argmax(tried))]
+        f1.append(f1_score(there["report"][:, feature], score["report"] > best))
+    cosines = np.abs(np.stack(rows) @ world.directions.T)
+    assert found["f1"] == pytest.approx(np.mean(f1), abs=1e-3)
+    assert found["mcc"] == pytest.approx(cosines[linear_sum_assignment(-cosines)].mean(), abs=1e-6)
+    assert found["uniqueness"] == len(set(cosines.argmax(axis=1))) / 12
+    assert 0.3 < found["f1"] < 1
 
 
 def test_other_settings_and_sizes_are_refused(world: Planted) -> None:

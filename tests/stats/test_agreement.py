@@ -7,6 +7,7 @@ import pytest
 from sklearn.metrics import cohen_kappa_score
 
 from unbraid.stats.agreement import agreement
+from unbraid.stats.bootstrap import wilson
 
 
 def _two(first: list[str], second: list[str]) -> list[tuple[str, str, str]]:
@@ -60,3 +61,26 @@ def test_chance_agrees_at_zero_and_one_value_says_nothing() -> None:
     assert same is not None and same.percent.value == 1
     assert same.krippendorff is None and same.cohen == {("a", "b"): None}
     assert agreement([("1", "a", "x"), ("2", "b", "x")]) is None
+
+
+def test_full_agreement_has_an_interval_with_a_width() -> None:
+    values = ["x", "y", "z"] * 5
+    found = agreement(_two(values, values))
+    assert found is not None and found.krippendorff is not None
+    # No disagreement in 15 trials, by Wilson, times what chance does to it: Σ p² = 1/3.
+    low = 1 - wilson(0, 15)[1]
+    assert (found.percent.value, found.percent.low, found.percent.high) == (1, pytest.approx(low), 1)
+    kappa = found.cohen["a", "b"]
+    assert kappa is not None and (kappa.low, kappa.high) == (pytest.approx(1 - 1.5 * (1 - low)), 1)
+    assert found.krippendorff.low < found.percent.low
+
+
+def test_of_two_people_the_share_has_wilsons_interval_but_for_students_t() -> None:
+    rng = np.random.default_rng(2)
+    first = rng.choice(["x", "y"], 40)
+    second = np.where(rng.random(40) < 0.8, first, "z")
+    found = agreement(_two(first.tolist(), second.tolist()))
+    assert found is not None
+    wide = 40 * (1.959964 / 2.022691) ** 2  # z and t of 39 degrees of freedom
+    wide *= 39 / 40  # the jackknife's variance is that of n − 1
+    assert (found.percent.low, found.percent.high) == pytest.approx(wilson(found.percent.value * wide, wide))

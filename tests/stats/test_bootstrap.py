@@ -21,6 +21,8 @@ from unbraid.stats.bootstrap import (
     paired_difference,
     rate,
     rate_by_document,
+    share_interval,
+    wilson,
 )
 
 
@@ -265,3 +267,15 @@ def test_the_mean_of_runs_has_students_interval() -> None:
 def test_a_quantity_that_is_bounded_has_an_interval_within() -> None:
     assert Interval(0.9, 0.7, 1.2, 5).within(0, 1) == Interval(0.9, 0.7, 1.0, 5)
     assert Interval(0.1, -0.2, 0.3, 5).within(0) == Interval(0.1, 0.0, 0.3, 5)
+
+
+def test_a_share_has_wilsons_interval_for_as_many_trials_as_vary_as_much() -> None:
+    p, n = 0.3, 50
+    found = share_interval(p, np.sqrt(p * (1 - p) / 200), n)
+    trials = 200 * (1.959964 / student.ppf(0.975, n - 1)) ** 2
+    assert (found.low, found.high) == pytest.approx(wilson(p * trials, trials))
+    assert share_interval(p, 1e-4, n, trials=200).low == pytest.approx(found.low)  # no more than there are
+    sure = share_interval(1.0, 0.0, n)
+    assert (sure.low, sure.high) == (pytest.approx(wilson(n, n)[0]), 1.0)
+    lost = share_interval(1.0, 0.2, n)  # it varies, though no trials of this share would
+    assert (lost.low, lost.high) == (0.0, 1.0)

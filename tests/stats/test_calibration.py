@@ -35,6 +35,12 @@ INTERVALS = [
     "auroc 0.9, 40 + 60, sparse",
     "correlation 0.5, 20 documents × 5",
     "risk difference .3 − .1, 40 + 60",
+    "agreement, percent, 30 things, 2 people, 0.9",
+    "agreement, kappa, 30 things, 3 people, 0.6",
+    "label score, 25 documents × 2, 0.8 and 0.7",
+    "concepts, completeness, 15 documents, mean of 1",
+    "concepts, auroc, 30 documents, mean of 4",
+    "PW-MCC of 3 seeds",
     "mean of 3 seeds",
 ]
 

@@ -54,8 +54,8 @@ class Options:
     positions: Literal["all", "reply"] = "all"
     """Which tokens are reconstructed: all, or those of assistant replies."""
     references: tuple[Reference, ...] = REFERENCES
-    """What to measure beside each autoencoder, at its L0: untrained, pca, neurons, directions; nothing after
-    the option measures none, which is faster."""
+    """What to measure beside each autoencoder, at its L0: untrained, pca, neurons, directions, mean; nothing
+    after the option measures none, which is faster."""
     suite: tuple[Suite, ...] = ()
     """Suites to run as well: probing, tpp, scr and removal want documents with labels, concepts those with
     concepts, stability several autoencoders, absorption nothing."""

@@ -1,4 +1,5 @@
-"""What an autoencoder has to beat: one that never learned, and directions drawn at random."""
+"""What an autoencoder has to beat: one that never learned, random directions,
+raw neurons and principal components."""
 
 from __future__ import annotations
 
@@ -59,9 +60,33 @@ def random_directions(sae: SAE, x: Tensor, seed: int) -> SAE:
     return found
 
 
+@torch.no_grad()
+def without_training(sae: SAE, x: Tensor) -> dict[str, SAE]:
+    """Raw neurons and principal components as autoencoders around E x, by what tables call them.
+
+    Each axis is two latents, one a way, so either of them is silent as latents are. x (n, d_in) are
+    activations of the site; at each token fire as many as in `sae` on average, those farthest from E x.
+    """
+    centred = x.double() - x.double().mean(dim=0)
+    axes = {"neurons": torch.eye(sae.config.d_in), "PCA": torch.linalg.eigh(centred.T @ centred)[1].T.flip(0)}
+    k = min(max(1, round(float(sae.encode(x).l0().double().mean()))), sae.config.d_in)
+    found: dict[str, SAE] = {}
+    for name, rows in axes.items():
+        config = replace(
+            sae.config, architecture="topk", d_sae=2 * len(rows), k=k, d_out=0, options={},
+            apply_b_dec_to_input=True,
+        )  # fmt: skip
+        found[name] = _around(TopKSAE(config), x, torch.cat([rows, -rows]))
+    return found
+
+
 def _aimed(sae: SAE, x: Tensor, seed: int) -> SAE:
     rows = torch.randn(sae.config.d_sae, sae.config.d_in, generator=first_weights(seed))
-    sae.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
+    return _around(sae, x, rows / rows.norm(dim=1, keepdim=True))
+
+
+def _around(sae: SAE, x: Tensor, rows: Tensor) -> SAE:
+    sae.W_dec.copy_(rows)
     sae.W_enc.copy_(sae.W_dec.T)
     sae.b_dec.copy_(x.double().mean(dim=0).float())
     return sae.to(x.device).requires_grad_(False)

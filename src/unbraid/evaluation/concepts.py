@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 
 from unbraid.activations.documents import Document
 from unbraid.evaluation.definitions import Definition
+from unbraid.evaluation.detectors import detectors
+from unbraid.evaluation.drawn import Drawn, Share, Tokens, drawn_weights, mean_of
 from unbraid.evaluation.labelled import (
     LEAST,
     SHARES,
@@ -42,22 +44,23 @@ from unbraid.manifest.progress import Progress
 from unbraid.model.load import LanguageModel
 from unbraid.sae.base import SAE
 from unbraid.stats.bootstrap import Interval, rate
-from unbraid.stats.effects import auroc, auroc_from_ranks, ranked
+from unbraid.stats.effects import auroc_from_ranks, ranked
 from unbraid.stats.permutation import familywise_p_value
 
 CANDIDATES = 12
 """Latents of each concept, by F1, that may be joined."""
 GAIN = 0.01
 """Share of a concept's tokens that a further latent has to find."""
-BINS = 256
-"""Steps to which scores are rounded, by rank, in the intervals of AUROC; the value itself is exact."""
 LATENTS_AT_ONCE = 4096
 """Latents whose document scores are dense at the same time."""
 ALPHA = 0.05
 """The familywise error at which a concept counts as having a latent."""
-DIFFMEAN = "DiffMean"
 
-_BEST = "the latent with the best F1 of firing (f>0) on select; split 35:30:35 by hash of content and seed"
+_BEST = (
+    "the latent with the best F1 of firing (f>0) on select; split 35:30:35 by hash of content and seed;"
+    " of DiffMean and Fisher's linear probe, from the moments of select: a projection from the threshold with"
+    " the best F1 on fit on"
+)
 _MEAN = "; over several concepts the unweighted mean of those for which it exists, documents drawn jointly"
 DEFINITIONS: dict[str, Definition] = {
     "purity": Definition(
@@ -73,8 +76,7 @@ DEFINITIONS: dict[str, Definition] = {
     "auroc": Definition(
         "AUROC of the latent's value for its concept",
         "chance that a test token with the concept has a higher value than one without, ties half;"
-        f" interval from values in 256 steps by rank; {_BEST}; DiffMean: the projection on the"
-        f" direction{_MEAN}",
+        f" interval from values in 256 steps by rank; {_BEST}; of these the projection itself{_MEAN}",
         "higher",
     ),
     "split": Definition(
@@ -135,20 +137,6 @@ class ConceptRow:
         return {**vars(self), "metrics": {name: i.as_dict() for name, i in self.metrics.items()}}
 
 
-@dataclass(frozen=True, eq=False)
-class _Drawn:
-    """A number and the same number with documents drawn again."""
-
-    value: float
-    draws: Matrix
-    """(resamples,), NaN where a resample says nothing."""
-
-    def interval(self, n: int) -> Interval:
-        usable = self.draws[np.isfinite(self.draws)]
-        low, high = np.quantile(usable, [0.025, 0.975]) if len(usable) else (self.value, self.value)
-        return Interval(self.value, float(low), float(high), n)
-
-
 def concepts(
     saes: Mapping[str, SAE],
     baselines: Sequence[str],
@@ -163,6 +151,8 @@ def concepts(
 ) -> tuple[SuiteResult, dict[str, list[ConceptRow]]]:
     """Measure all autoencoders, those named in `baselines` among them: means over concepts, and each concept.
 
+    Beside them stand, of the means, the difference of means and a linear probe of the whole activation
+    (Fisher's), and predicting nothing: see `detectors`.
     Two passes over the model; memory holds the candidates' values at every token, sparse. Concepts in fewer
     than ten documents of a split are left out and named in the notes. Raises UserError when none is left.
     """
@@ -180,7 +170,7 @@ def concepts(
     for name in saes:
         scores = counts[name].highest(len(chosen))
         p_values = best_latent_p_values(scores, there, ranking[name][:, 0], permutations, seed)
-        draws: dict[str, list[_Drawn]] = {}
+        draws: dict[str, list[Share | Drawn]] = {}
         by_concept[name] = []
         for c, concept in enumerate(names):
             local = np.searchsorted(wanted[name], ranking[name][c])
@@ -191,15 +181,28 @@ def concepts(
             metrics = {metric: one.interval(n) for metric, one in drawn.items()}
             tokens = int(columns[name]["test"].labels[:, c].sum())
             by_concept[name].append(ConceptRow(concept, tokens, latents[0], latents, p_values[c], metrics))
-        rows[name] = {metric: _mean(some, n_documents(columns[name])) for metric, some in draws.items()}
+        rows[name] = {metric: mean_of(some, n_documents(columns[name])) for metric, some in draws.items()}
         tested = [p <= ALPHA for p in p_values if p is not None]
         if tested:
             rows[name]["found"] = rate(tested)
     first = next(iter(columns.values()))
-    rows[DIFFMEAN] = {"auroc": _mean(_projections(first["test"], seed, resamples), n_documents(first))}
+    beside = detectors(first, names)
+    by_detector: dict[str, dict[str, dict[str, float]]] = {name: {} for name in beside}
+    for name, row in beside.items():
+        rows[name] = {
+            metric: mean_of(list(some.values()), n_documents(first)) for metric, some in row.items()
+        }
+        for metric, some in row.items():
+            for concept, one in some.items():
+                by_detector[name].setdefault(concept, {})[metric] = one.value
     details = {name: [row.as_dict() for row in found] for name, found in by_concept.items()}
     result = SuiteResult(
-        "concepts", rows, (*baselines, DIFFMEAN), detectable(rows), {"concepts": details}, tuple(notes)
+        "concepts",
+        rows,
+        (*baselines, *beside),
+        detectable(rows),
+        {"concepts": details, "detectors": by_detector},
+        tuple(notes),
     )
     return result, by_concept
 
@@ -272,28 +275,28 @@ def _shuffled(labels: Flags, permutations: int, seed: int) -> Matrix:
 
 def _measure(
     columns: Mapping[str, Columns], c: int, ranking: Rows, seed: int, resamples: int
-) -> tuple[list[int], dict[str, _Drawn], int]:
+) -> tuple[list[int], dict[str, Share | Drawn], int]:
     """Places of the joined latents among the columns, the metrics of concept c, and their test documents."""
     select, fit, test = (columns[split] for split in SHARES)
     order = join_order((select.values[:, ranking] > 0).toarray(), select.labels[:, c])
     places = [int(ranking[j]) for j in order]
     enough, split_draws = _needed((fit.values[:, places] > 0).toarray(), fit, c, seed, resamples)
     joined = places[:enough]
-    label, weights = test.labels[:, c], _weights(test.document, seed, resamples)
+    label, tokens = test.labels[:, c], Tokens(test.document)
     fires = (test.values[:, joined] > 0).toarray()
     one, any_ = fires[:, 0], fires.any(axis=1)
-    ratio = _Ratio(test.document, weights)
-    drawn = {
+    ratio = tokens.ratio
+    drawn: dict[str, Share | Drawn] = {
         "purity": ratio(one & label, one),
         "completeness": ratio(one & label, label),
-        "auroc": _auroc(test.values[:, [joined[0]]].toarray()[:, 0], label, test.document, weights),
+        "auroc": tokens.auroc(test.values[:, [joined[0]]].toarray()[:, 0], label),
         "split": split_draws,
         "split_purity": ratio(any_ & label, any_),
         "split_completeness": ratio(any_ & label, label),
         "absorbed": ratio(label & ~any_ & test.taken[:, c], label),
     }
     kept = {name: one for name, one in drawn.items() if np.isfinite(one.value)}
-    return joined, kept, weights.shape[1]
+    return joined, kept, tokens.documents
 
 
 def join_order(fires: Flags, label: Flags) -> list[int]:
@@ -310,7 +313,7 @@ def join_order(fires: Flags, label: Flags) -> list[int]:
     return order
 
 
-def _needed(fires: Flags, fit: Columns, c: int, seed: int, resamples: int) -> tuple[int, _Drawn]:
+def _needed(fires: Flags, fit: Columns, c: int, seed: int, resamples: int) -> tuple[int, Drawn]:
     """How many of the columns (n, m), in their order, are joined."""
     label, joint = fit.labels[:, c], np.logical_or.accumulate(fires, axis=1)
     _, inverse = np.unique(fit.document, return_inverse=True)
@@ -330,66 +333,4 @@ def _needed(fires: Flags, fit: Columns, c: int, seed: int, resamples: int) -> tu
         return 1 + np.logical_and.accumulate(goes_on, axis=1).sum(axis=1)
 
     value = int(count(np.ones((1, len(hit))))[0])
-    return value, _Drawn(float(value), count(_weights(fit.document, seed, resamples)).astype(np.float64))
-
-
-def _weights(document: Rows, seed: int, resamples: int) -> Matrix:
-    """How often each document is drawn (resamples, documents)."""
-    n = len(np.unique(document))
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
-
-
-class _Ratio:
-    """Ratios of counts of tokens, with the same documents drawn for all."""
-
-    def __init__(self, document: Rows, weights: Matrix) -> None:
-        self.inverse = np.unique(document, return_inverse=True)[1]
-        self.weights = weights
-
-    def __call__(self, above: Flags, below: Flags) -> _Drawn:
-        tops, bottoms = (
-            np.bincount(self.inverse, weights=v, minlength=self.weights.shape[1]) for v in (above, below)
-        )
-        with np.errstate(invalid="ignore", divide="ignore"):
-            value = float(np.divide(tops.sum(), bottoms.sum()))
-            return _Drawn(value, (self.weights @ tops) / (self.weights @ bottoms))
-
-
-def _auroc(scores: Matrix, label: Flags, document: Rows, weights: Matrix) -> _Drawn:
-    """AUROC over tokens; for the draws, how many of either kind each document has in each of the steps."""
-    if label.all() or not label.any():
-        return _Drawn(np.nan, np.full(len(weights), np.nan))
-    edges = np.unique(scores)
-    if len(edges) > BINS:
-        edges = np.unique(
-            np.r_[edges[0], np.quantile(scores[scores > edges[0]], np.linspace(0, 1, BINS - 1))]
-        )
-    step = np.searchsorted(edges, scores, side="right") - 1
-    inverse = np.unique(document, return_inverse=True)[1]
-    shape = (weights.shape[1], len(edges))
-    flat = inverse * shape[1] + step
-    up, down = (
-        weights @ np.bincount(flat[side], minlength=shape[0] * shape[1]).reshape(shape)
-        for side in (label, ~label)
-    )
-    below = np.cumsum(down, axis=1) - down / 2
-    with np.errstate(invalid="ignore", divide="ignore"):
-        draws = (up * below).sum(axis=1) / (up.sum(axis=1) * down.sum(axis=1))
-    return _Drawn(float(auroc(scores, label)), draws)
-
-
-def _projections(test: Columns, seed: int, resamples: int) -> list[_Drawn]:
-    weights = _weights(test.document, seed, resamples)
-    each = (
-        _auroc(test.projection[:, c].astype(np.float64), test.labels[:, c], test.document, weights)
-        for c in range(test.labels.shape[1])
-    )
-    return [one for one in each if np.isfinite(one.value)]
-
-
-def _mean(some: Sequence[_Drawn], n: int) -> Interval:
-    """Mean over concepts, draw by draw, leaving out what a draw does not have."""
-    draws = np.stack([one.draws for one in some])
-    there = np.isfinite(draws)
-    means = np.where(there, draws, 0).sum(axis=0) / np.maximum(there.sum(axis=0), 1)
-    return _Drawn(float(np.mean([one.value for one in some])), means[there.any(axis=0)]).interval(n)
+    return value, Drawn(float(value), count(drawn_weights(fit.document, seed, resamples)).astype(np.float64))

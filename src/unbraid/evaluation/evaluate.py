@@ -224,6 +224,8 @@ class _Subject:
     reconstruct: Reconstruct
     sae: SAE | None
     """The autoencoder that it is, if it is one."""
+    constant: bool = False
+    """Whether it says E x everywhere, so that the model after it is that of the mean ablation."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,8 +245,9 @@ def _reference(kind: Reference, name: str, sae: SAE, place: Place, metrics: Metr
         return _Subject(name, fresh, fresh)
     if kind == "neurons":
         return _Subject(name, coordinates(mean.to(device), k), None)
+    k = 0 if kind == "mean" else k
     basis = place.components(k) if kind == "pca" else random_basis(len(mean), k, seed)
-    return _Subject(name, projection(mean.to(device), basis.to(device)), None)
+    return _Subject(name, projection(mean.to(device), basis.to(device)), None, constant=kind == "mean")
 
 
 def _measure(
@@ -278,7 +281,10 @@ def _measure(
             counts[i].add(output.codes, rows)
             if (found := contexts[i]) is not None:
                 found.add(number, batch, output.codes)
-            others[str(i)] = States.each(place.spliced(batch, stream, output.x_hat)[at])
+            if subject.constant:
+                others[str(i)] = others["mean"]
+            else:
+                others[str(i)] = States.each(place.spliced(batch, stream, output.x_hat)[at])
         if batch.scored.any():
             values = score(place.tail, states[at], batch.input_ids[:, 1:].T[batch.scored.T], others)
             _check_scores(values, lm, subjects)

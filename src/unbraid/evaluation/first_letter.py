@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.sparse import csr_array
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 from sklearn.preprocessing import StandardScaler
@@ -38,7 +39,7 @@ from unbraid.evaluation.labelled import (
     tasks,
 )
 from unbraid.evaluation.probing import PENALTY, top
-from unbraid.evaluation.tpp import fit_probe
+from unbraid.evaluation.tpp import Probe, fit_probe
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.progress import Progress
 from unbraid.model.load import LanguageModel
@@ -49,6 +50,8 @@ MOST_LATENTS = 10
 """The largest sparse probe."""
 F1_GAIN = 0.03
 """What a further latent has to add to the F1 of a sparse probe to count as a main one."""
+ORACLE = "letter probes"
+"""Name of the row that a dictionary of the probes themselves has."""
 FRACTION_COSINE, FRACTION_LATENTS = 0.1, 3
 """Cosine that latents need to count in the fraction, and how many may."""
 
@@ -106,6 +109,8 @@ def absorption_first_letter(
 ) -> SuiteResult:
     """Absorption of first letters in every autoencoder, those named in `baselines` among them.
 
+    The floor of both scores is a dictionary of the letters' own probes: a latent a letter, which fires where
+    its probe says yes, by the projection on it.
     `words` are the vocabulary's unless given. Raises UserError when no letter has enough words.
     """
     asked_words = vocabulary(lm) if words is None else list(words)
@@ -126,20 +131,23 @@ def absorption_first_letter(
     scored_tasks = [(task, *found) for task, found in zip(asked, scored, strict=True) if len(found[0])]
     if not scored_tasks:
         raise UserError(f"no first letter can be read off {lm.name} at {reading.site}; leave absorption out")
-    for name, sae in saes.items():
-        aligned = cosines(sae, np.stack([unit for _, _, unit in scored_tasks]))
-        codes = pooled.latents[name]
+    units = np.stack([unit for _, _, unit, _ in scored_tasks])
+    table = {name: (pooled.latents[name], cosines(sae, units)) for name, sae in saes.items()}
+    fires = np.stack([probe.says(pooled.raw) for *_, probe in scored_tasks], axis=1)
+    ideal = np.where(fires, np.maximum(pooled.raw @ units.T, 0), 0)
+    table[ORACLE] = (csr_array(ideal), units @ units.T)
+    for name, (codes, aligned) in table.items():
         full: list[Flags] = []
         fraction: list[Matrix] = []
         mains: list[Rows] = []
-        for number, (task, chosen, unit) in enumerate(scored_tasks):
+        for number, (task, chosen, unit, _) in enumerate(scored_tasks):
             main = main_latents(codes, task)
             projection = pooled.raw[chosen] @ unit
             dense = codes[chosen].toarray()
             full.append(full_absorption(dense, main, projection, aligned[:, number]))
             fraction.append(absorption_fraction(dense, main, projection, aligned[:, number]))
             mains.append(main)
-        words_of = [chosen for _, chosen, _ in scored_tasks]
+        words_of = [chosen for _, chosen, _, _ in scored_tasks]
         rows[name] = {
             "mean_full_absorption_score": _over_letters(full, words_of, seed, resamples),
             "mean_absorption_fraction_score": _over_letters(fraction, words_of, seed, resamples),
@@ -148,19 +156,22 @@ def absorption_first_letter(
         details[name] = {
             task.name: {"main": main.tolist(), "words": len(chosen), "full": float(a.mean()),
                         "fraction": float(b.mean())}
-            for (task, chosen, _), main, a, b in zip(scored_tasks, mains, full, fraction, strict=True)
+            for (task, chosen, _, _), main, a, b in zip(scored_tasks, mains, full, fraction, strict=True)
         }  # fmt: skip
     lost = [task.name for task, found in zip(asked, scored, strict=True) if not len(found[0])]
     notes = (f"no test word that the probe gets right: {', '.join(lost)}",) if lost else ()
-    return SuiteResult("absorption", rows, tuple(baselines), detectable(rows), {"letters": details}, notes)
+    return SuiteResult(
+        "absorption", rows, (*baselines, ORACLE), detectable(rows), {"letters": details}, notes
+    )
 
 
-def _scored(raw: Matrix, task: Task, letters: Any, splits: Any) -> tuple[Rows, Matrix]:
-    """Test words of the letter that the probe gets right, and the probe's unit direction."""
+def _scored(raw: Matrix, task: Task, letters: Any, splits: Any) -> tuple[Rows, Matrix, Probe]:
+    """Test words of the letter that the probe gets right, the probe's unit direction, and the probe."""
     probe = fit_probe(raw, task)
     positives = np.flatnonzero((letters == task.name.partition("=")[2]) & (splits == "test"))
     right = probe.correct(raw[positives], np.ones(len(positives), dtype=np.bool_))
-    return positives[right].astype(np.int64), probe.weight / max(float(np.linalg.norm(probe.weight)), 1e-300)
+    unit = probe.weight / max(float(np.linalg.norm(probe.weight)), 1e-300)
+    return positives[right].astype(np.int64), unit, probe
 
 
 def main_latents(codes: Any, task: Task) -> Rows:

@@ -3,7 +3,8 @@
 `untrained` has its architecture and width, as training would start, and the L0 that this gives; `pca` keeps
 the k principal components of the very activations that are measured, so no linear map of that rank does
 better; `neurons` keeps the k coordinates that are farthest from their mean; `directions` projects on k random
-directions. The last three add E x, and count as L0 = k.
+directions; `mean` says E x of everything, which is to predict nothing. The last four add E x, and count as
+L0 = k, `mean` as 0.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from unbraid.sae.codes import SparseCodes
 from unbraid.sae.registry import build
 from unbraid.training.run import first_weights
 
-Reference = Literal["untrained", "pca", "neurons", "directions"]
+Reference = Literal["untrained", "pca", "neurons", "directions", "mean"]
 REFERENCES: tuple[Reference, ...] = get_args(Reference)
 Reconstruct = Callable[[Tensor], SAEOutput]
 

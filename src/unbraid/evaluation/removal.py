@@ -32,7 +32,7 @@ from unbraid.evaluation.labelled import (
     tasks,
 )
 from unbraid.evaluation.probing import direction
-from unbraid.evaluation.tpp import Basis, Probe, ablated, effects, fit_probe, strongest
+from unbraid.evaluation.tpp import NONE, Basis, Probe, ablated, effects, fit_probe, strongest, unlearned
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.progress import Progress
 from unbraid.model.load import LanguageModel
@@ -45,9 +45,10 @@ from unbraid.stats.bootstrap import Interval, bootstrap_ratio
 COST = 0.02
 """Nats a token that a dose may cost the documents without the concept, on `fit`."""
 COUNTS = (1, 2, 5, 10, 20)
-"""Doses of autoencoders: latents ablated."""
+"""Doses of autoencoders: latents ablated; of directions that took no training: how many of them."""
 STEPS = (0.25, 0.5, 1.0, 1.5, 2.0)
-"""Doses of the difference of means: shares of a token's distance to the negatives' mean that it is moved."""
+"""Doses of the difference of means and of the probe's direction: shares of a token's distance to the
+negatives' mean that it is moved."""
 NEAR = 10
 """A random latent is drawn among so many whose frequency is nearest."""
 MOST_DOCUMENTS = 40
@@ -57,8 +58,9 @@ MOST_TASKS = 6
 Change = Callable[[Tensor], Tensor]
 
 _HOW = (
-    "at the strongest of the doses (1, 2, 5, 10, 20 latents by TPP's effect on select; .25 to 2 of the"
-    " way along DiffMean to the negatives' mean) whose ΔCE on fit's documents without the concept is at"
+    "at the strongest of the doses (1, 2, 5, 10, 20 latents, or unit directions about the mean, by TPP's"
+    " effect on select; .25 to 2 of the way along DiffMean or the probe to the negatives' mean) whose ΔCE on"
+    " fit's documents without the concept is at"
     " most 0.02 nats, none where there is no such dose; at all read tokens, error kept; mean over tasks"
     " (at most 6), at most 40 test documents of either class, 35:30:35 by hash of content and seed;"
     " interval over documents"
@@ -112,8 +114,13 @@ def removal(
     resamples: int = 2000,
     progress: Progress | None = None,
 ) -> SuiteResult:
-    """Remove each task's concept by every autoencoder, by random latents of it that fire as often, and along
-    the difference of means. Raises UserError when no label divides the documents."""
+    """Remove each task's concept by every autoencoder, those named in `baselines` among them.
+
+    Further baselines: random latents of each that fire as often, raw neurons, principal components, as many
+    random directions as the widest autoencoder has latents, the difference of means, the direction of the
+    concept's own probe (the ceiling), and doing nothing. Raises UserError when no label divides the
+    documents.
+    """
     if not lm.generates:
         raise UserError(
             f"model {lm.name} says no next token, so removal cannot be measured; leave that suite out"
@@ -186,10 +193,18 @@ def _ways(
             doses = [_ablation(pooled, sae, basis, latents[:n]) for n in COUNTS if n <= len(latents)]
             if doses:
                 found[way] = doses
-    unit = direction(pooled.raw, task)
-    negatives = task.rows["select"][~task.positive["select"]]
-    bar = float((pooled.raw[negatives] @ unit).mean())
-    found["DiffMean"] = [_shift(pooled.raw, unit, bar, step) for step in STEPS]
+    raw, select = pooled.raw, task.rows["select"]
+    centre = raw[select].mean(axis=0)
+    for name, columns in unlearned(raw[select], saes, seed).items():
+        basis = Basis((raw - centre) @ columns, columns.T, True)
+        order = strongest(effects(basis, task, probe), max(COUNTS))
+        found[name] = [_flattened(raw, centre, columns[:, order[:n]]) for n in COUNTS if n <= len(order)]
+    own = probe.weight / max(float(np.linalg.norm(probe.weight)), 1e-300)
+    negatives = select[~task.positive["select"]]
+    for name, unit in (("DiffMean", direction(raw, task)), ("probe direction", own)):
+        bar = float((raw[negatives] @ unit).mean())
+        found[name] = [_shift(raw, unit, bar, step) for step in STEPS]
+    found[NONE] = [Dose(lambda x: x, lambda rows: raw[rows], "nothing")]
     return found
 
 
@@ -219,6 +234,21 @@ def _ablation(pooled: Pooled, sae: SAE, basis: Basis, latents: Rows) -> Dose:
         return x - decode(SparseCodes(codes.indices, kept), sae.W_dec).to(x.dtype)
 
     return Dose(change, lambda rows: ablated(pooled.raw, basis, rows, latents), f"{len(latents)} latents")
+
+
+def _flattened(raw: Matrix, centre: Matrix, columns: Matrix) -> Dose:
+    """What is along each of some directions (d_in, n), about the centre (d_in,), taken away."""
+    along, middle = torch.from_numpy(columns).float(), torch.from_numpy(centre).float()
+
+    def change(x: Tensor) -> Tensor:
+        values = (x.float() - middle.to(x.device)) @ along.to(x.device)
+        return x - (values @ along.to(x.device).T).to(x.dtype)
+
+    return Dose(
+        change,
+        lambda rows: raw[rows] - (raw[rows] - centre) @ columns @ columns.T,
+        f"{columns.shape[1]} directions",
+    )
 
 
 def _shift(raw: Matrix, unit: Matrix, bar: float, step: float) -> Dose:

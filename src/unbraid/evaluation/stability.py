@@ -13,7 +13,10 @@ from itertools import combinations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
+from scipy.special import expit, logit
+from scipy.stats import t as student
 from torch import Tensor
 
 from unbraid.evaluation.definitions import Definition
@@ -31,8 +34,8 @@ FLOOR_PAIRS = 3
 
 _PAIRS = (
     "mean over pairs of autoencoders of the same site, architecture, width and k; decoder rows of unit"
-    " length, dead latents included; interval by Student's t over the jackknife's pseudo-values, one for"
-    " each autoencoder; with two autoencoders a point"
+    " length, dead latents included; interval by Student's t about the logit, its error the"
+    " jackknife's over autoencoders; with two autoencoders a point"
 )
 DEFINITIONS: dict[str, Definition] = {
     "pw_mcc": Definition(
@@ -102,9 +105,13 @@ def over_seeds(decoders: Sequence[Tensor], metric: str) -> Interval:
     if n == 2:
         return Interval(value, value, value, 1)
     without = [np.mean([v for pair, v in pairs.items() if i not in pair]) for i in range(n)]
-    spread = mean_of_runs([n * value - (n - 1) * float(w) for w in without])
-    # The pseudo-values' mean is the value itself, up to rounding.
-    return Interval(value, spread.low, spread.high, n)
+    # On the logit's scale, where a lucky seed pulls no further up than an unlucky one pulls down.
+    inside = np.clip(np.array([value, *without], dtype=np.float64), 1e-9, 1 - 1e-9)
+    scaled: NDArray[np.float64] = logit(inside)
+    middle, apart = float(scaled[0]), scaled[1:] - scaled[1:].mean()
+    half = float(student.ppf(0.975, n - 1) * np.sqrt((n - 1) / n * np.square(apart).sum()))
+    low, high = expit(middle - half), expit(middle + half)
+    return Interval(value, min(float(low), value), max(float(high), value), n)
 
 
 def similarity(a: Tensor, b: Tensor, metric: str) -> float:

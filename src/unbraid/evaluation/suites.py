@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from unbraid.activations.documents import Document
 from unbraid.activations.text import Positions
 from unbraid.evaluation import concepts, first_letter, probing, removal, scr, stability, tpp
-from unbraid.evaluation.baselines import random_directions, untrained
+from unbraid.evaluation.baselines import random_directions, untrained, without_training
 from unbraid.evaluation.definitions import Definition
 from unbraid.evaluation.evaluate import check_fit
 from unbraid.evaluation.labelled import Pooled, Reading, SuiteResult, in_fixed_order, pool, sample
@@ -113,16 +113,22 @@ def _at_site(
         assert pooled is not None
         return pooled
 
-    def with_random() -> tuple[dict[str, SAE], list[str]]:
+    def on_tokens() -> tuple[dict[str, SAE], list[str]]:
+        """With what fires token by token as autoencoders do, and took no training."""
         x = sample(lm, documents, reading)
-        rows = {
-            f"random directions like {name}": random_directions(sae, x, seed) for name, sae in saes.items()
-        }
+        rows: dict[str, SAE] = {}
+        for name, sae in saes.items():
+            rows[f"random directions like {name}"] = random_directions(sae, x, seed)
+            rows |= {f"{kind} like {name}": its for kind, its in without_training(sae, x).items()}
         return everything | rows, [*floors, *rows]
 
     def planted() -> SuiteResult:
-        rows, low = with_random()
+        rows, low = on_tokens()
         return concepts.concepts(rows, low, lm, documents, reading, seed, progress=progress)[0]
+
+    def absorption() -> SuiteResult:
+        rows, low = on_tokens()
+        return first_letter.absorption_first_letter(rows, low, lm, reading, seed, progress=progress)
 
     run: dict[str, Callable[[], SuiteResult]] = {
         "probing": lambda: probing.probing(means(), list(floors), documents, seed),
@@ -131,9 +137,7 @@ def _at_site(
         "removal": lambda: removal.removal(
             means(), everything, list(floors), lm, documents, reading, seed, progress=progress
         ),
-        "absorption": lambda: first_letter.absorption_first_letter(
-            everything, list(floors), lm, reading, seed, progress=progress
-        ),
+        "absorption": absorption,
         "concepts": planted,
         "stability": lambda: stability.stability(saes, seed),
     }

@@ -46,6 +46,8 @@ THRESHOLDS = (2, 5, 10, 20, 50, 100, 500)
 """How many latents are ablated; those beyond an autoencoder's width are left out."""
 RESEEDS = 5
 """How often splits, classes and probes are drawn anew."""
+NONE = "ablate none"
+"""Name of the row that nothing is done for."""
 PARTS = {"total_metric": "total", "intended_diff_only": "intended", "unintended_diff_only": "unintended"}
 
 _HOW = (
@@ -88,9 +90,13 @@ class Probe:
     bias: float
     """Its intercept."""
 
+    def says(self, raw: Matrix) -> Flags:
+        """Whether it says yes to each of these means (n, d_in)."""
+        return raw @ self.weight + self.bias > 0
+
     def correct(self, raw: Matrix, positive: Flags) -> Flags:
         """Whether it says right of each of these means (n, d_in)."""
-        return (raw @ self.weight + self.bias > 0) == positive
+        return self.says(raw) == positive
 
 
 def fit_probe(raw: Matrix, task: Task) -> Probe:
@@ -133,8 +139,8 @@ def tpp(
     """TPP of every autoencoder, those named in `baselines` among them, and of directions.
 
     Further baselines: raw neurons, principal components, as many random directions as the widest autoencoder
-    has latents, the difference of means alone, and the probe's own direction (the ceiling). Raises UserError
-    when no label has three values with enough documents.
+    has latents, the difference of means alone, the probe's own direction (the ceiling), and ablating nothing.
+    Raises UserError when no label has three values with enough documents.
     """
     runs: dict[str, dict[str, list[float]]] = {}
     for run in range(reseeds):
@@ -176,10 +182,9 @@ def bases_by_row(
     pooled: Pooled, saes: Mapping[str, SAE], group: Sequence[Task], probes: Sequence[Probe], seed: int
 ) -> dict[str, list[Basis]]:
     """For each row of the table a basis for each task of a group."""
-    raw, d_in = pooled.raw, pooled.raw.shape[1]
+    raw = pooled.raw
     chosen = np.unique(np.concatenate([task.rows["select"] for task in group]))
     centred = raw - raw[chosen].mean(axis=0)
-    widest = max((sae.config.d_sae for sae in saes.values()), default=d_in)
 
     def along(columns: Matrix) -> Basis:
         return Basis(centred @ columns, columns.T, True)
@@ -188,14 +193,25 @@ def bases_by_row(
         name: [Basis(pooled.latents[name], sae.W_dec.detach().double().cpu().numpy(), False)] * len(group)
         for name, sae in saes.items()
     }
-    found["neurons"] = [along(np.eye(d_in))] * len(group)
-    found["PCA"] = [along(principal_components(raw[chosen]))] * len(group)
-    found["random directions"] = [along(unit_directions(d_in, widest, seed))] * len(group)
+    for name, columns in unlearned(raw[chosen], saes, seed).items():
+        found[name] = [along(columns)] * len(group)
     found["DiffMean"] = [along(direction(raw, task)[:, None]) for task in group]
     found["probe direction"] = [
         along(probe.weight[:, None] / max(float(np.linalg.norm(probe.weight)), 1e-300)) for probe in probes
     ]
+    found[NONE] = [along(np.zeros((raw.shape[1], 0)))] * len(group)
     return found
+
+
+def unlearned(raw: Matrix, saes: Mapping[str, SAE], seed: int) -> dict[str, Matrix]:
+    """Directions that took no training, as unit columns (d_in, m), from means of documents raw (n, d_in)."""
+    d_in = raw.shape[1]
+    widest = max((sae.config.d_sae for sae in saes.values()), default=d_in)
+    return {
+        "neurons": np.eye(d_in),
+        "PCA": principal_components(raw),
+        "random directions": unit_directions(d_in, widest, seed),
+    }
 
 
 def perturbation(

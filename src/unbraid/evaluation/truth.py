@@ -1,9 +1,12 @@
 """How much of a planted world an autoencoder found, between what needs no learning and the most there is.
 
-Rows of every table, all with as many latents as the autoencoders that are judged:
+Rows of every table, with as many latents as the autoencoders that are judged but where it says otherwise:
 
-* *untrained*: the same architecture before its first step. *random directions*: random unit rows that encode
-  and decode, as many of them firing as latents do.
+* *predict none*: the mean, and no latent that fires. *untrained*: the same architecture before its first
+  step. *random directions*: random unit rows that encode and decode, as many of them firing as latents do.
+  *neurons* and *PCA*: the coordinates and the principal components, two latents each, the farthest from the
+  mean firing. *DiffMean*: for each of the most frequent features the difference of the means of samples with
+  and without it.
 * *true dictionary*: the most frequent features' own directions, used by matching pursuit with the same L0.
   *logistic probes*: one for each of these features, fit on the truth.
 
@@ -23,6 +26,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_array
 from torch import Tensor
 
+from unbraid.evaluation.baselines import without_training
 from unbraid.evaluation.definitions import Definition
 from unbraid.evaluation.synthetic import BLOCK, Planted, Stream
 from unbraid.manifest.errors import UserError
@@ -128,11 +132,11 @@ def judge(
 ) -> Verdict:
     """Hold autoencoders, by name, against the truth of the world that they learned from.
 
-    Several are taken as seeds of one setting. Floors have `DRAWS` seeds of their own. Raises UserError when
-    their architecture, width or k differ, or the width of an activation is not the world's.
+    Several are taken as seeds of one setting. Floors that are drawn have `DRAWS` seeds of their own. Raises
+    UserError when their architecture, width or k differ, or the width of an activation is not the world's.
     """
     first = _one_setting(saes, world)
-    total, done = len(saes) + 2 * DRAWS + 2, 0
+    total, done = len(saes) + 2 * DRAWS + 6, 0
     found: dict[str, dict[str, float]] = {}
 
     def add(name: str, work: Callable[[], dict[str, float]]) -> dict[str, float]:
@@ -149,7 +153,15 @@ def judge(
     width = first.config.d_sae
     random = SAEConfig("topk", world.config.d_in, width, min(max(1, round(l0)), width))
     start = torch.from_numpy(next(world.batches("fit", BLOCK))[0])
-    rows: list[Row] = []
+    fixed = {
+        "predict none": lambda: _nothing(world, samples),
+        **{
+            name: lambda sae=sae: measure(sae, world, samples)
+            for name, sae in without_training(first, _sample(world)).items()
+        },
+        "DiffMean": lambda: difference_of_means(world, width, samples, fitted_on),
+    }
+    rows = [Row(name, "floor", _over_seeds([add(name, work)])) for name, work in fixed.items()]
     for name, config, shift in (("untrained", first.config, 0), ("random directions", random, DRAWS)):
 
         def begin(seed: int, config: SAEConfig = config) -> dict[str, float]:
@@ -171,11 +183,8 @@ def judge(
 @torch.no_grad()
 def measure(sae: SAE, world: Planted, samples: int, stream: Stream = "report") -> dict[str, float]:
     """Every metric of `DEFINITIONS` for one autoencoder, on the first `samples` of a stream."""
-    rows = sae.W_dec.detach().double().cpu().numpy()
-    rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-    cosines = np.abs(rows @ world.directions.T.astype(np.float64))  # (d_sae, F)
+    cosines = _cosines(sae.W_dec.detach().double().cpu().numpy(), world)
     match = cosines.argmax(axis=1)
-    one_to_one = linear_sum_assignment(cosines, maximize=True)
     d_in, d_sae = world.config.d_in, sae.config.d_sae
     hits, fired, there = np.zeros(d_sae), np.zeros(d_sae), np.zeros(d_sae)
     sum_x, square, error, ratio, counted = np.zeros(d_in), 0.0, 0.0, 0.0, 0
@@ -193,13 +202,40 @@ def measure(sae: SAE, world: Planted, samples: int, stream: Stream = "report") -
         ratio += float((np.linalg.norm(x_hat, axis=1)[lengths > 0] / lengths[lengths > 0]).sum())
         counted += int((lengths > 0).sum())
     return _detection(hits, fired, there) | {
-        "mcc": float(cosines[one_to_one].mean()),
-        "uniqueness": len(np.unique(match)) / d_sae,
+        **_directions(cosines),
         "ev": 1 - error / (square - float(sum_x @ sum_x) / samples),
         "l0": float(fired.sum()) / samples,
         "dead": float((fired == 0).mean()),
         "l2_ratio": ratio / counted,
     }
+
+
+def _cosines(rows: Floats, world: Planted) -> Floats:
+    """|cosine| of rows (m, d_in) with the true directions, (m, F)."""
+    rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    return np.abs(rows @ world.directions.T.astype(np.float64))
+
+
+def _directions(cosines: Floats) -> dict[str, float]:
+    """MCC and uniqueness of directions whose |cosines| with the true ones are (m, F)."""
+    return {
+        "mcc": float(cosines[linear_sum_assignment(cosines, maximize=True)].mean()),
+        "uniqueness": len(np.unique(cosines.argmax(axis=1))) / len(cosines),
+    }
+
+
+def _sample(world: Planted) -> Tensor:
+    """Activations that are in no stream that is trained or judged on, (8 · BLOCK, d_in)."""
+    return torch.from_numpy(np.concatenate([x for x, _ in world.batches("fit", 8 * BLOCK)]))
+
+
+def _nothing(world: Planted, samples: int) -> dict[str, float]:
+    """Of an autoencoder without a latent that fires, which says the mean; it has no direction to match."""
+    sae = build(SAEConfig("topk", world.config.d_in, 1, 1)).requires_grad_(False)
+    sae.W_enc.zero_()
+    sae.b_dec.copy_(_sample(world).double().mean(dim=0))
+    found = measure(sae, world, samples)
+    return {name: value for name, value in found.items() if name not in ("mcc", "uniqueness")}
 
 
 def probe(world: Planted, width: int, samples: int, fitted_on: int) -> dict[str, float]:
@@ -222,10 +258,39 @@ def probe(world: Planted, width: int, samples: int, fitted_on: int) -> dict[str,
         (loss * features).backward()
         optimizer.step()
         decay.step()
-    bars, fit = np.linspace(-4.0, 4.0, 33), (W.detach(), b.detach())
-    tried = _at_thresholds(world, *fit, bars[:, None], samples, "threshold")  # 3 × (33, features)
+    return _at_best_threshold(world, W.detach(), b.detach(), np.linspace(-4.0, 4.0, 33), samples)
+
+
+def difference_of_means(world: Planted, width: int, samples: int, fitted_on: int) -> dict[str, float]:
+    """F1, precision and recall of the difference of means of each of the `width` most frequent features, its
+    threshold taken as a probe's is; MCC and uniqueness of these directions.
+
+    Means are of `fitted_on` samples. A score is 0 at the mean without the feature and 1 at the mean with it.
+    """
+    features, steps = min(width, world.config.features), max(1, fitted_on // BLOCK)
+    x_sum, x_with, count = np.zeros(world.config.d_in), 0.0, np.zeros(features)
+    for x, truth in world.batches("fit", steps * BLOCK):
+        there = truth[:, :features] > 0
+        x_sum += x.sum(axis=0, dtype=np.float64)
+        x_with = x_with + there.T.astype(np.float64) @ x.astype(np.float64)
+        count += there.sum(axis=0)
+    others = np.maximum(steps * BLOCK - count, 1)[:, None]
+    without = (x_sum - x_with) / others
+    gap = np.where(count[:, None] > 0, x_with / np.maximum(count, 1)[:, None] - without, 0.0)
+    scale = np.maximum(np.square(gap).sum(axis=1), 1e-300)
+    W, b = (gap / scale[:, None]).T, -(gap * without).sum(axis=1) / scale
+    found = _at_best_threshold(
+        world, torch.from_numpy(W).float(), torch.from_numpy(b).float(), np.linspace(0.0, 2.0, 33), samples
+    )
+    cosines = _cosines(gap, world)
+    return found | _directions(cosines)
+
+
+def _at_best_threshold(world: Planted, W: Tensor, b: Tensor, bars: Floats, samples: int) -> dict[str, float]:
+    """What x W + b above the bar (m,) with the best F1 on the stream for thresholds detects on the other."""
+    tried = _at_thresholds(world, W, b, bars[:, None], samples, "threshold")  # 3 × (bars, features)
     best = bars[_f1(*tried).argmax(axis=0)]
-    hits, fired, there = (counts[0] for counts in _at_thresholds(world, *fit, best[None], samples, "report"))
+    hits, fired, there = (counts[0] for counts in _at_thresholds(world, W, b, best[None], samples, "report"))
     return _detection(hits, fired, there)
 
 

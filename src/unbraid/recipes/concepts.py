@@ -1,11 +1,11 @@
-"""The practice world's planted concepts: which of them has a latent in an autoencoder, beside two floors."""
+"""The practice world's planted concepts: which of them has a latent in an autoencoder, beside its floors."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from unbraid.activations.documents import Document
-from unbraid.evaluation.baselines import random_directions, untrained
+from unbraid.evaluation.baselines import random_directions, untrained, without_training
 from unbraid.evaluation.concepts import ConceptRow, concepts
 from unbraid.evaluation.evaluate import check_fit
 from unbraid.evaluation.labelled import Reading, SuiteResult, sample
@@ -31,8 +31,9 @@ def practice_concepts(
 
     Half of the conversations are medical-advice probes; all are from the world's test split, so neither the
     assistant nor the demo's autoencoders have seen them. The rows are `sae`, an untrained autoencoder of its
-    width and L0, and random directions that fire as often as its latents; without `floors` the first alone.
-    Raises UserError when the autoencoder does not fit the model, or when there are too few conversations.
+    width and L0, random directions that fire as often as its latents, raw neurons and principal components of
+    its L0, and what `concepts` has beside all of them; without `floors` the first alone. Raises UserError
+    when the autoencoder does not fit the model, or when there are too few conversations.
     """
     check_fit(sae, lm, sae.site)
     half = conversations // 2
@@ -43,6 +44,7 @@ def practice_concepts(
     if floors:
         x = sample(lm, documents[:: max(1, len(documents) // 200)], reading)
         saes |= {UNTRAINED: untrained(sae, x, seed), RANDOM: random_directions(sae, x, seed)}
+        saes |= without_training(sae, x)
     result, found = concepts(saes, tuple(saes)[1:], lm, documents, reading, seed, progress=progress)
     return replace(result, site=str(sae.site)), found
 

@@ -194,7 +194,7 @@ def _histogram_charts(one: Scored, style: int) -> tuple[Markup, Markup, int]:
 
 def _frontiers(scored: Sequence[Scored]) -> list[Markup]:
     """L0 against each of PLOTTED: every autoencoder a point, its references hollow points beside it, and the
-    band of what is best at that L0 or below."""
+    band of what is best at that L0 or below. What says nothing, an L0 of 0, has no place on a logarithm."""
     charts: list[Markup] = []
     for metric, label in PLOTTED.items():
         series: list[Series] = []
@@ -203,13 +203,15 @@ def _frontiers(scored: Sequence[Scored]) -> list[Markup]:
             l0, y = one.found.metrics["l0"].value, one.found.metrics[metric]
             points.append(Point(l0, y.value, y.low, y.high))
             series.append(Series(one.name, (points[-1],), number % STYLES))
-            beside = [
-                Point(its["l0"].value, its[metric].value, its[metric].low, its[metric].high)
-                for its in one.found.references.values()
-            ]
             series += [
-                Series(f"{name} beside {one.name}", (point,), number % STYLES, hollow=True)
-                for name, point in zip(one.found.references, beside, strict=True)
+                Series(
+                    f"{name} beside {one.name}",
+                    (Point(its["l0"].value, its[metric].value, its[metric].low, its[metric].high),),
+                    number % STYLES,
+                    hollow=True,
+                )
+                for name, its in one.found.references.items()
+                if its["l0"].value > 0
             ]
         charts.append(
             scatter(series, x_label="latents that fire at a token (L0)", y_label=label, band=front(points))

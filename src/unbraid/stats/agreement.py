@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unbraid.stats.bootstrap import Interval
+from unbraid.stats.bootstrap import Interval, share_interval
 
 Tables = NDArray[np.float64]
 
@@ -38,12 +38,10 @@ class Agreement:
         }
 
 
-def agreement(
-    judgements: Sequence[tuple[str, str, str]], *, seed: int = 0, resamples: int = 2000
-) -> Agreement | None:
+def agreement(judgements: Sequence[tuple[str, str, str]]) -> Agreement | None:
     """Agreement of (thing, person, value), at most one for each thing and person.
 
-    Intervals are percentiles of resamples of the things.  None where no two people judged the same thing.
+    None where no two people judged the same thing.
     """
     values = sorted({value for _, _, value in judgements})
     by_unit: dict[str, dict[str, int]] = {}
@@ -57,7 +55,9 @@ def agreement(
     for table, unit in zip(tables, units, strict=True):
         counts = np.bincount(list(unit.values()), minlength=len(values))
         table += (np.outer(counts, counts) - np.diag(counts)) / (len(unit) - 1)
-    percent = _resampled(tables, _percent, seed, resamples)
+    judges = np.array([len(unit) for unit in units])
+    among = int((judges * (judges - 1) // 2).sum())
+    percent = _interval(tables, _none, among)
     assert percent is not None
     raters = sorted({rater for unit in units for rater in unit})
     cohen: dict[tuple[str, str], Interval | None] = {}
@@ -68,43 +68,52 @@ def agreement(
                 pairs = np.zeros((len(both), len(values), len(values)))
                 for table, unit in zip(pairs, both, strict=True):
                     table[unit[first], unit[second]] = 1
-                cohen[first, second] = _resampled(pairs, _kappa, seed, resamples)
-    alpha = _resampled(tables, _alpha, seed, resamples)
+                cohen[first, second] = _interval(pairs, _cohens, len(both))
+    alpha = _interval(tables, _krippendorffs, among)
     return Agreement(len(units), tuple(raters), percent, alpha, cohen)
 
 
-def _resampled(
-    tables: Tables, statistic: Callable[[Tables], Tables], seed: int, resamples: int
-) -> Interval | None:
-    """A statistic of summed tables (n, k, k), with the percentiles of resamples of their rows."""
+def _interval(tables: Tables, chance: Callable[[Tables], Tables], pairs: int) -> Interval | None:
+    """1 − c·D of tables (n, k, k): D the share of pairs of judgements that differ, c = 1 / (1 − chance).
+
+    Wilson's interval of D, for as many pairs as would make 1 − c·D vary as much if they were independent, at
+    most those that there are; its variance is the jackknife's over the n things. Where nothing varies it is
+    one pair a thing: so full agreement has an interval with a width, which resampled things do not give.
+    None where chance alone agrees fully.
+    """
     n = len(tables)
-    value = float(statistic(tables.sum(axis=0)[None])[0])
+    total = tables.sum(axis=0)
+    value, scale, differ = (float(number[0]) for number in _beyond(total[None], chance))
     if np.isnan(value):
         return None
-    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
-    drawn = statistic(np.tensordot(weights, tables, axes=1))
-    low, high = np.quantile(drawn[~np.isnan(drawn)], [0.025, 0.975])
-    return Interval(value, min(float(low), value), max(float(high), value), n)
+    error = 0.0
+    if n > 1:
+        without = _beyond(total - tables, chance)[0]
+        apart = np.where(np.isnan(without), 0.0, without - value)
+        error = float(np.sqrt((n - 1) / n * np.square(apart - apart.mean()).sum()))
+    of = share_interval(differ, error / scale, n, pairs)
+    return Interval(value, min(1 - scale * of.high, value), max(1 - scale * of.low, value), n)
 
 
-def _percent(tables: Tables) -> Tables:
-    return np.trace(tables, axis1=1, axis2=2) / tables.sum(axis=(1, 2))
+def _beyond(tables: Tables, chance: Callable[[Tables], Tables]) -> tuple[Tables, Tables, Tables]:
+    """1 − c·D, c and D of tables (m, k, k), each (m,); the first two NaN where chance alone agrees fully."""
+    differ = 1 - np.trace(tables, axis1=1, axis2=2) / tables.sum(axis=(1, 2))
+    expected = chance(tables)
+    scale = 1 / np.where(expected < 1 - 1e-12, 1 - expected, np.nan)
+    return 1 - scale * differ, scale, differ
 
 
-def _kappa(tables: Tables) -> Tables:
-    """Cohen's kappa (1960) of confusion tables (m, k, k) -> (m,); NaN where chance alone agrees fully."""
+def _none(tables: Tables) -> Tables:
+    return np.zeros(len(tables))
+
+
+def _cohens(tables: Tables) -> Tables:
+    """How often two people agree by chance, of confusion tables (m, k, k) -> (m,) (Cohen, 1960)."""
     shares = tables / tables.sum(axis=(1, 2), keepdims=True)
-    chance = (shares.sum(axis=1) * shares.sum(axis=2)).sum(axis=1)
-    return _beyond(np.trace(shares, axis1=1, axis2=2), chance)
+    return (shares.sum(axis=1) * shares.sum(axis=2)).sum(axis=1)
 
 
-def _alpha(tables: Tables) -> Tables:
-    """Krippendorff's alpha (2011) of coincidence tables (m, k, k) -> (m,), nominal values."""
+def _krippendorffs(tables: Tables) -> Tables:
+    """The same of coincidence tables (m, k, k) -> (m,), nominal values (Krippendorff, 2011)."""
     totals, n = tables.sum(axis=2), tables.sum(axis=(1, 2))
-    chance = (totals * (totals - 1)).sum(axis=1) / (n * (n - 1))
-    return _beyond(np.trace(tables, axis1=1, axis2=2) / n, chance)
-
-
-def _beyond(observed: Tables, chance: Tables) -> Tables:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(chance < 1 - 1e-12, (observed - chance) / (1 - chance), np.nan)
+    return (totals * (totals - 1)).sum(axis=1) / (n * (n - 1))

@@ -99,13 +99,23 @@ def rate_by_document(
     hits, sizes = np.bincount(inverse, weights=trials), np.bincount(inverse).astype(np.float64)
     share = float(hits.sum() / sizes.sum())
     error = _standard_error(hits - share * sizes, sizes)
-    effective = float(count)
-    if error > 0:
+    return share_interval(share, error, count, trials.size, level)
+
+
+def share_interval(
+    share: float, error: float, documents: int, trials: float = np.inf, level: float = 0.95
+) -> Interval:
+    """Return a number from 0 to 1 of so many documents and this standard error, with Wilson's interval for as
+    many trials as would vary as much, at most `trials`; where nothing varies, for one trial a document."""
+    effective = float(documents)
+    if error > ROUNDING:
         # No more than there are, however evenly they fall; fewer where few documents tell the deviation.
-        effective = min(share * (1 - share) / error**2, float(trials.size))
-        effective *= (_z(level) / _t(level, count - 1)) ** 2
+        effective = min(share * (1 - share) / error**2, float(trials))
+        effective *= (_z(level) / _t(level, documents - 1)) ** 2
+    if effective <= ROUNDING:
+        return Interval(share, 0.0, 1.0, documents)
     low, high = wilson(share * effective, effective, level)
-    return Interval(value=share, low=low, high=high, n=count)
+    return Interval(value=share, low=min(low, share), high=max(high, share), n=documents)
 
 
 def bootstrap_mean(

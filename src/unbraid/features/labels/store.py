@@ -213,12 +213,12 @@ class Labels:
         tables = " + ".join(f"(SELECT count(*) FROM {table})" for table in TABLES)
         return int(self.ask(f"SELECT {tables} AS n")[0]["n"]) if self.path.is_file() else 0
 
-    def agreement(self, *, seed: int = 0) -> Agreement | None:
+    def agreement(self) -> Agreement | None:
         """How far reviewers agree, by their latest verdicts on each label; None where no two judged one."""
         latest: dict[tuple[str, str], str] = {}
         for row in self.ask("SELECT label, by, verdict FROM reviews ORDER BY at, id"):
             latest[row["label"], row["by"]] = row["verdict"]
-        return agreement([(label, by, verdict) for (label, by), verdict in latest.items()], seed=seed)
+        return agreement([(label, by, verdict) for (label, by), verdict in latest.items()])
 
     # Files that diff well: see lines.py.
 
