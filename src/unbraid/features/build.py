@@ -213,6 +213,7 @@ class Build:
         state, seen, before = self.state, self.state.seen, self.state.seen.tokens
         digest, windows, last = hashlib.sha256(), _Windows(), -1
         for stretch in reader.stretches(part, budget, lambda d: state.stratum(d.stratum or "")):
+            give_back()
             for piece in stretch.pieces:
                 document = part.documents[piece.document - part.first]
                 if piece.document != last:

@@ -6,6 +6,7 @@ import ctypes
 import sys
 from typing import Any, TypeVar
 
+import pyarrow as pa
 from numpy.typing import NDArray
 
 Array = TypeVar("Array", bound=NDArray[Any])
@@ -20,9 +21,10 @@ def grown(held: Array, more: Array) -> Array:
 
 
 def give_back() -> None:
-    """Let glibc return what was freed to the system; elsewhere nothing happens.
+    """Let Arrow and glibc return what was freed to the system.
 
-    It would keep the holes between what lives long, and there would be more of them as a pass goes on.
+    They would keep the holes between what lives long, and there would be more of them as a pass goes on.
     """
+    pa.default_memory_pool().release_unused()
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
