@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from unbraid.features.geometry import TokenEffect
-from unbraid.features.labels.lexical import explain
-from unbraid.features.labels.matcher import read_label
+from unbraid.features.labels.lexical import (
+    _gain,  # pyright: ignore[reportPrivateUsage]
+    _Read,  # pyright: ignore[reportPrivateUsage]
+    _Texts,  # pyright: ignore[reportPrivateUsage]
+    explain,
+)
+from unbraid.features.labels.matcher import HALF, Matcher, Where, read_label
 
 from .made import evidence, window
 
@@ -89,3 +97,33 @@ def test_text_of_the_corpus_cannot_break_a_label() -> None:
     long = "x" * 10_000
     yes = [window(_text(rng, long), {long: 1.0}, i) for i in range(8)]
     assert "xx" not in explain(evidence(yes, no)).text
+
+
+WINDOWS = st.lists(
+    st.tuples(st.lists(st.sampled_from("abcde"), max_size=6), st.booleans(), st.integers(0, 99)), max_size=6
+)
+
+
+@given(
+    WINDOWS,
+    st.lists(st.sampled_from("abcxy"), unique=True, max_size=3),
+    st.frozensets(st.sampled_from("adx"), max_size=2),
+    st.sampled_from(["at", "after"]),
+)
+def test_all_windows_at_once_give_what_each_gives(
+    windows: list[tuple[list[str], bool, int]], phrases: list[str], after: frozenset[str], where: Where
+) -> None:
+    read: list[_Read] = []
+    for words, fires, seed in windows:
+        strength = np.random.default_rng(seed).random(len(words)).astype(np.float32)
+        read.append(_Read(tuple(words), np.where(strength > 0.4, strength, 0).astype(np.float32), fires))
+    matcher = Matcher(tuple((word,) for word in phrases), after if where == "at" else frozenset(), where)
+    texts = _Texts(read)
+    each = [matcher.values(one.words) > HALF for one in read]
+    assert texts.fits(matcher).tolist() == [bool(yes) for one in each for yes in one]
+
+    hits = [float(r.strength[m].max(initial=0)) for r, m in zip(read, each, strict=True) if r.fires]
+    there = [float(r.strength.max(initial=0)) for r in read if r.fires]
+    alarms = [bool(m.any()) for r, m in zip(read, each, strict=True) if not r.fires]
+    wanted = sum(hits) / max(sum(there), 1e-12) - sum(alarms) / max(len(alarms), 1)
+    assert _gain(matcher, texts) == pytest.approx(wanted)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from unbraid.features.geometry import TokenEffect
 from unbraid.features.labels.contexts import Evidence, Window
 from unbraid.features.labels.label import clean
-from unbraid.features.labels.matcher import HALF, Matcher, Where, write_label
+from unbraid.features.labels.matcher import Matcher, Where, write_label
 from unbraid.features.labels.words import LONGEST, Words
 from unbraid.manifest.errors import UserError
 
@@ -66,8 +66,8 @@ def explain(evidence: Evidence, promoted: Sequence[TokenEffect] = ()) -> Explana
             "", None, "there are no training windows of both kinds: " + "; ".join(evidence.notes)
         )
     largest = max(window.max for window in evidence.train)
-    read = [_read(window, largest) for window in (*evidence.train, *evidence.train_negatives)]
-    if not any(word.strength.max(initial=0) > 0 for word in read):
+    read = _Texts([_read(window, largest) for window in (*evidence.train, *evidence.train_negatives)])
+    if not any(word.strength.max(initial=0) > 0 for word in read.windows):
         return Explanation("", None, "it fires on no word in its training windows")
     held_out = {where: _held_out(read, where) for where in _WHERE}
     # Of two that do as well, the one that names the place.
@@ -76,7 +76,59 @@ def explain(evidence: Evidence, promoted: Sequence[TokenEffect] = ()) -> Explana
     if not found.phrases or held_out[where] < LEAST:
         better = held_out[where]
         return Explanation("", None, f"no few words set its contexts apart ({better:.2f} better than chance)")
-    return Explanation(_described(found, read, promoted), found)
+    return Explanation(_described(found, read.windows, promoted), found)
+
+
+class _Texts:
+    """Training windows, also as one text, in which a matcher of single words is tried at once.
+
+    n is the number of words in all m windows, V that of different ones.
+    """
+
+    def __init__(self, windows: Sequence[_Read]) -> None:
+        self.windows = windows
+        self.number: dict[str, int] = {"": 0}
+        """Of each word; the empty one stands before a window's first."""
+        words = [[self.number.setdefault(w, len(self.number)) for w in one.words] for one in windows]
+        self.word = np.array([w for some in words for w in some], np.int64)
+        """(n,)."""
+        self.before = np.array([w for some in words for w in (0, *some)[: len(some)]], np.int64)
+        """The word before each, (n,)."""
+        self.strength = np.concatenate([np.zeros(0, np.float32), *(one.strength for one in windows)])
+        """(n,)."""
+        sizes = np.array([len(some) for some in words], np.int64)
+        self.begin = np.cumsum(sizes) - sizes
+        """(m,)."""
+        self.window = np.repeat(np.arange(len(sizes)), sizes)
+        """(n,)."""
+        self.fires = np.array([one.fires for one in windows], bool)
+        """(m,)."""
+
+    def halves(self) -> tuple[_Texts, _Texts]:
+        """Every other window, and the rest."""
+        return _Texts(self.windows[::2]), _Texts(self.windows[1::2])
+
+    def are(self, words: Iterable[str]) -> NDArray[np.bool_]:
+        """Which of all different words are among these, (V,)."""
+        out = np.zeros(len(self.number), bool)
+        out[[self.number[word] for word in words if word in self.number]] = True
+        return out
+
+    def fits(self, matcher: Matcher) -> NDArray[np.bool_]:
+        """Where `Matcher.values` is more than a half, (n,); for a matcher of single words."""
+        there = self.are(word for (word,) in matcher.phrases)[self.word]
+        if matcher.after:
+            there &= self.are(matcher.after)[self.before]
+        if matcher.where == "at":
+            return there
+        earlier = np.cumsum(there) - there  # in all windows before it, too
+        return earlier > earlier[self.begin[self.window]]
+
+    def strongest(self, values: NDArray[np.float32]) -> NDArray[np.float64]:
+        """The largest of each window's values (n,), 0 for one without words: (m,)."""
+        out = np.zeros(len(self.windows), np.float32)
+        np.maximum.at(out, self.window, values)
+        return out.astype(np.float64)
 
 
 def _read(window: Window, largest: float) -> _Read:
@@ -84,16 +136,16 @@ def _read(window: Window, largest: float) -> _Read:
     return _Read(words.words, words.strongest(window.activations) / largest, bool(window.max > 0))
 
 
-def _held_out(read: Sequence[_Read], where: Where) -> float:
+def _held_out(read: _Texts, where: Where) -> float:
     """How well words do on the half of the windows that they were not chosen on, mean of both halves."""
-    halves = read[::2], read[1::2]
+    halves = read.halves()
     return sum(_gain(_chosen(a, where), b) for a, b in (halves, halves[::-1])) / 2
 
 
-def _chosen(read: Sequence[_Read], where: Where) -> Matcher:
+def _chosen(read: _Texts, where: Where) -> Matcher:
     """Words taken one after the other, each the one that helps most; none where none does."""
     best, chosen = 0.0, Matcher((), where=where)
-    left = _candidates(read, where)
+    left = _candidates(read.windows, where)
     while left and len(chosen.phrases) < MOST:
         tried = [_with(chosen, word, read) for word in left]
         gains = [_gain(matcher, read) for matcher in tried]
@@ -105,7 +157,7 @@ def _chosen(read: Sequence[_Read], where: Where) -> Matcher:
     return chosen
 
 
-def _with(matcher: Matcher, word: str, read: Sequence[_Read]) -> Matcher:
+def _with(matcher: Matcher, word: str, read: _Texts) -> Matcher:
     """The matcher with one more word, and with the words that these come after where that matters."""
     more = Matcher((*matcher.phrases, (word,)), where=matcher.where)
     return _conditioned(more, read) if more.where == "at" else more
@@ -144,36 +196,30 @@ def _log_odds(inside: dict[str, float], outside: dict[str, float]) -> dict[str, 
     return dict(zip(words, (difference / np.sqrt(1 / a + 1 / b)).tolist(), strict=True))
 
 
-def _gain(matcher: Matcher, read: Iterable[_Read]) -> float:
+def _gain(matcher: Matcher, read: _Texts) -> float:
     """Hit rate less false alarm rate.  A window is hit by how strong the latent is at its strongest word that
     fits; so a window on which it fires elsewhere is no hit, and a weak one is a small one."""
-    hit = there = alarms = silent = 0.0
-    for one in read:
-        fits = matcher.values(one.words) > HALF
-        if one.fires:
-            hit += float(one.strength[fits].max(initial=0.0))
-            there += float(one.strength.max(initial=0.0))
-        else:
-            alarms += float(fits.any())
-            silent += 1
-    return hit / max(there, 1e-12) - alarms / max(silent, 1.0)
+    fits, fires = read.fits(matcher), read.fires
+    hit = read.strongest(np.where(fits, read.strength, np.float32(0)))[fires].sum()
+    there = read.strongest(read.strength)[fires].sum()
+    alarms = read.strongest(fits.astype(np.float32))[~fires].sum()
+    return float(hit / max(there, 1e-12) - alarms / max((~fires).sum(), 1))
 
 
-def _conditioned(matcher: Matcher, read: Sequence[_Read]) -> Matcher:
+def _conditioned(matcher: Matcher, read: _Texts) -> Matcher:
     """The matcher with "mostly after", where a few words before it tell its firings from its silences."""
-    fires: dict[str, float] = {}
-    silent: dict[str, float] = {}
-    for one in read:
-        for place in np.flatnonzero(matcher.values(one.words) > 0).tolist():
-            before = one.words[place - 1] if place else ""
-            side = fires if one.strength[place] > 0 else silent
-            side[before] = side.get(before, 0.0) + 1
-    total, errors = sum(fires.values()), sum(silent.values())
+    there, n = read.are(word for (word,) in matcher.phrases)[read.word], len(read.number)
+    firing = np.bincount(read.before[there & (read.strength > 0)], minlength=n)
+    quiet = np.bincount(read.before[there & ~(read.strength > 0)], minlength=n)
+    total, errors = int(firing.sum()), int(quiet.sum())
     if errors < 0.1 * (total + errors):
         return matcher
+    words = list(read.number)
+    fires = {words[i]: int(firing[i]) for i in np.flatnonzero(firing).tolist()}
+    silent = {words[i]: int(quiet[i]) for i in np.flatnonzero(quiet).tolist()}
     after: list[str] = []
     for word in sorted(fires, key=lambda word: (-fires[word], word)):
-        usual = fires[word] >= 2 and fires[word] > 4 * silent.get(word, 0.0)
+        usual = fires[word] >= 2 and fires[word] > 4 * silent.get(word, 0)
         if usual and word and len(word) <= LONGEST and word.isprintable() and word not in _QUOTES:
             after.append(word)
     after = after[:4]

@@ -47,7 +47,9 @@ class Passage:
 
     def column(self, which: int) -> NDArray[np.float32]:
         """What one of them does (T,)."""
-        return self.codes[:, [which]].toarray()[:, 0].astype(np.float32)
+        out, (begin, end) = np.zeros(len(self.tokens), np.float32), self.codes.indptr[which : which + 2]
+        out[self.codes.indices[begin:end]] = self.codes.data[begin:end]
+        return out
 
 
 class Passages:
