@@ -26,7 +26,7 @@ from unbraid.sae.base import SAEConfig
 from unbraid.sae.codes import CHUNK_ROWS, SparseCodes, decode, selected
 from unbraid.sae.elementwise import Entries, above
 from unbraid.sae.jumprelu import JumpReLUOptions, JumpReLUSAE
-from unbraid.sae.options import EDGE
+from unbraid.sae.options import EDGE, Positive
 from unbraid.sae.scaling import Scaling
 from unbraid.sae.transcoder import linear_map
 
@@ -39,6 +39,8 @@ class CLTOptions(JumpReLUOptions):
 
     penalty: Literal["step", "tanh"] = "tanh"
     """The sparsity term S."""
+    bandwidth: Positive = 0.3
+    """ε, wider than JumpReLU's: what reaches the encoder through a narrow window is rare and large."""
     through_encoder: bool = True
     """Whether the window's gradient also reaches pre-activations, and so encoder and biases."""
 

@@ -49,8 +49,9 @@ class JumpReLUOptions:
     """The sparsity term S."""
     tanh_scale: Positive = 4.0
     """c in the tanh term."""
-    bandwidth: Positive = 0.3
-    """ε, the width of the window in which a pre-activation moves its threshold."""
+    bandwidth: Positive = 0.05
+    """ε, the width of the window in which a pre-activation moves its threshold. The paper's 0.001, which is
+    for activations of length 1, is 0.06 in these units where d_in is 3,584 as there."""
     start: Weight = 0.1
     """Threshold of every latent to begin with."""
     through_encoder: bool = False
