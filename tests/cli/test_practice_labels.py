@@ -59,16 +59,19 @@ def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_each_number_is_printed_with_its_interval(
     words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "80")
     assert main(words) == 0
     said = capsys.readouterr().out
     assert (
         "of 60 planted concepts 40 have a latent that stands out, 3 of these a pure one (0.8 or more" in said
     )
-    drug, town = (
-        next(line for line in said.splitlines() if f" {name} " in line) for name in ("drug", "town")
+    drug, town = ([line.split() for line in said.splitlines() if f" {n} " in line] for n in ("drug", "town"))
+    assert (
+        drug[0] == ["│", "drug", "│", "7", "│", "0.90", "│", "yes", "│", "yes", "│"]
+        and "–" in town[0]
+        and "…" not in said
     )
-    assert "20/20" in drug and "find, label" in drug and "19/20" in town and "find" not in town
+    assert drug[1].count("20/20") == 4 and town[1].count("19/20") == 4 and len(drug) == len(town) == 3
     assert "detection: above all of them for 1 of 2 concepts, 50% (9% to 91%), judged by the lexical" in said
     assert "surprisal: above all of them for 1 of 2 concepts, 50% (9% to 91%)\n" in said
     assert (

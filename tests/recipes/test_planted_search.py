@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from unbraid.activations.documents import Document
 from unbraid.evaluation.concepts import ConceptRow
 from unbraid.practice.descriptions import describe
 from unbraid.practice.lexicon import DRUG_DOSES
-from unbraid.recipes.planted_search import ASKED, judged, phrases
+from unbraid.recipes import planted_search
+from unbraid.recipes.planted_search import ASKED, judged, phrases, sentences
 
 
 def _row(concept: str, latent: int) -> ConceptRow:
@@ -24,6 +26,24 @@ def test_a_concept_is_found_where_its_own_latent_is_in_the_answers() -> None:
     # of c and d; for c those of a, b and d; for d those of b and c.
     assert way.guessed == pytest.approx((1 + (0 + 1) + 0 + 0) / (1 + 2 + 3 + 2))
     assert judged(rows[:1], [{1}], related).guessed is None
+
+
+def test_a_sentence_has_the_concepts_that_stand_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    messages = (
+        {"role": "user", "content": "I am ill. Help me!\nNow"},
+        {"role": "assistant", "content": "Take 5."},
+    )
+    concepts = ((0, "ill", 5, 8), (0, "both", 7, 12), (1, "dose", 5, 6))
+    made = sentences([Document.of_messages(messages, id="a", concepts=concepts)])
+    assert [(one.text, one.concepts) for one in made] == [
+        ("I am ill.", {"ill", "both"}), ("Help me!", {"both"}), ("Now", set()), ("Take 5.", {"dose"}),
+    ]  # fmt: skip
+    assert [len(one.document.messages or ()) for one in made] == [1, 1, 1, 2]
+    for one in made:
+        assert one.document.messages is not None and one.document.focus is not None
+        assert one.document.messages[-1]["content"][slice(*one.document.focus)].strip() == one.text
+    monkeypatch.setattr(planted_search, "SENTENCES", 2)
+    assert len(sentences([Document.of_messages(messages, concepts=concepts)] * 3)) == 2
 
 
 def test_the_words_of_a_concept_are_those_that_its_description_quotes() -> None:

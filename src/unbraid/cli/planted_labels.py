@@ -81,12 +81,19 @@ def show(report: LabelReport, sae: Path) -> None:
         f" {report.pure} of these a pure one ({PURE:g} or more of its firings are on the concept)"
     )
     names = list(report.first)
-    table = Table("concept", "latent", "purity", *names, "found by")
+    console = Console()
+    found = Table("concept", "latent", "purity", *report.ways)
     for one in report.rankings:
-        cells = [f"{one.above[name]}/{one.wrong[name]}" for name in names]
-        found = ", ".join(how for how, way in report.ways.items() if way.found[one.concept])
-        table.add_row(one.concept, str(one.latent), f"{one.purity:.2f}", *cells, found or "nothing")
-    Console().print(table)
+        cells = ["yes" if way.found[one.concept] else "–" for way in report.ways.values()]
+        found.add_row(one.concept, str(one.latent), f"{one.purity:.2f}", *cells)
+    console.print(found)
+    print("by which way of searching each is found")
+    # Two tables of scorers, for one would be wider than a terminal.
+    for some in (names[:4], names[4:]):
+        above = Table("concept", *some)
+        for one in report.rankings:
+            above.add_row(one.concept, *(f"{one.above[name]}/{one.wrong[name]}" for name in some))
+        console.print(above)
     print("above how many of the wrong descriptions the true one is")
     for name, share in report.first.items():
         judge = f", judged by the {report.judge} judge" if name in (*RANKING, TOGETHER) else ""

@@ -1,13 +1,14 @@
 """Whether planted concepts are found: by two sets of texts, by words, by a pasted text, and by labels.
 
-Each question is asked as a user would ask it, from the world's words for a concept or from conversations in
-which it stands.  An answer is right where the concept's own latent, which was chosen on other conversations
-by where it fires, is among the first ten.  The same answers are looked through for the latents of unrelated
-concepts: that is what a guess would find.
+Each question is asked as a user would ask it, from the world's words for a concept or with sentences of
+conversations in which it stands.  An answer is right where the concept's own latent, which was chosen on
+other conversations by where it fires, is among the first ten.  The same answers are looked through for the
+latents of unrelated concepts: that is what a guess would find.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -34,6 +35,9 @@ FIRST = 10
 """Latents of an answer among which the right one has to be."""
 ASKED = 5
 """Phrases, or texts, that are asked with; one of them has to find it."""
+SENTENCES = 4000
+"""Sentences, in the order of the conversations, that are told apart by whether a concept stands in them."""
+SENTENCE = re.compile(r"[^.!?\n]+[.!?]*")
 Related = Mapping[str, frozenset[str]]
 """For each concept those that stand mostly at the same tokens."""
 
@@ -54,6 +58,18 @@ class Way:
         return {**asdict(self), "share": self.share.as_dict()}
 
 
+@dataclass(frozen=True, eq=False)
+class Sentence:
+    """A sentence of a conversation."""
+
+    document: Document
+    """The conversation up to the sentence's message, with the sentence as its focus."""
+    text: str
+    """The sentence alone."""
+    concepts: frozenset[str]
+    """Which stand in it."""
+
+
 def ways(
     rows: Sequence[ConceptRow],
     contexts: Contexts,
@@ -65,34 +81,55 @@ def ways(
 ) -> dict[str, Way]:
     """Look for each concept's latent in every way; `documents` are conversations that the index has not seen.
 
-    The lexical explainer's labels of all latents that fire are proposed beside the index.
+    Their sentences are what is asked with.  The lexical explainer's labels of all latents that fire are
+    proposed beside the index.
     """
+    asked = sentences(documents)
     answers = {
-        "find": by_sets(rows, contexts, documents, seed, progress),
-        **by_search(rows, contexts, documents),
+        "find": by_sets(rows, contexts, asked, seed, progress),
+        **by_search(rows, contexts, asked),
         "label": by_label(rows, contexts, progress),
     }
     return {how: judged(rows, found, related) for how, found in answers.items()}
 
 
+def sentences(documents: Iterable[Document]) -> list[Sentence]:
+    """The first sentences of conversations, each in the middle of its own and read there alone."""
+    found: list[Sentence] = []
+    for document in documents:
+        messages = document.messages or ()
+        for number, message in enumerate(messages):
+            for match in SENTENCE.finditer(message["content"]):
+                if len(found) == SENTENCES:
+                    return found
+                names = frozenset(
+                    name
+                    for of, name, start, end in document.concepts
+                    if of == number and start < match.end() and end > match.start()
+                )
+                asked = Document.of_messages(messages[: number + 1], id=document.id, focus=match.span())
+                found.append(Sentence(asked, match.group().strip(), names))
+    return [one for one in found if one.text]
+
+
 def by_sets(
     rows: Sequence[ConceptRow],
     contexts: Contexts,
-    documents: Sequence[Document],
+    asked: Sequence[Sentence],
     seed: int,
     progress: Progress | None,
 ) -> list[set[int]]:
-    """What `find` reports for the conversations with a concept against all others."""
-    scores = document_scores(
-        contexts.sae, contexts.lm, documents, contexts.site, positions="all", progress=progress
-    )
+    """What `find` reports for the sentences with a concept against all others; those of one conversation are
+    in one split."""
+    documents = [one.document for one in asked]
+    scores = document_scores(contexts.sae, contexts.lm, documents, contexts.site, progress=progress)
     answers: list[set[int]] = []
     for row in rows:
-        mine = np.array([row.concept in {name for _, name, _, _ in d.concepts} for d in documents])
+        mine = np.array([row.concept in one.concepts for one in asked])
         ids = [documents[i].id for i in np.argsort(~mine, kind="stable").tolist()]
         try:
             found = find(scores.latents[mine], scores.latents[~mine], ids, FindConfig(top=FIRST, seed=seed))
-        except UserError:  # too few conversations with it, or without: nothing is found
+        except UserError:  # too few sentences with it, or without: nothing is found
             answers.append(set())
         else:
             answers.append({one.latent for one in found.latents})
@@ -100,21 +137,15 @@ def by_sets(
 
 
 def by_search(
-    rows: Sequence[ConceptRow], contexts: Contexts, documents: Sequence[Document]
+    rows: Sequence[ConceptRow], contexts: Contexts, asked: Sequence[Sentence]
 ) -> dict[str, list[set[int]]]:
-    """What full text answers to the concept's phrases, and what fires on messages in which it stands."""
+    """What full text answers to the concept's phrases, and what fires on sentences in which it stands."""
     search = Search(contexts.index)
     words: list[set[int]] = []
     pasted: list[set[int]] = []
     for row in rows:
         words.append(_latents(search.text(f'"{phrase}"', FIRST) for phrase in phrases(row.concept)))
-        texts = [
-            (d.messages or ())[message]["content"]
-            for d in documents
-            for message, name, _, _ in d.concepts
-            if name == row.concept
-        ]
-        some = list(dict.fromkeys(texts))[:ASKED]
+        some = list(dict.fromkeys(one.text for one in asked if row.concept in one.concepts))[:ASKED]
         pasted.append(_latents(search.activation(contexts.sae, contexts.lm, t, FIRST) for t in some))
     return {"search by words": words, "search by a pasted text": pasted}
 
