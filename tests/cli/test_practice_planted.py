@@ -45,13 +45,24 @@ def test_a_stranger_plants_trains_and_judges(folders: tuple[Path, Path], capsys)
     command = ["practice", "judge", "--world", str(world), "--sae", str(sae), "--samples", "2048"]
     assert main(command) == 0
     printed = capsys.readouterr().out
-    for line in ("untrained", "random", "autoencoder", "dictionary", "probes", "fresh ones"):
+    named = (
+        "untrained",
+        "random directions",
+        "autoencoder",
+        "true dictionary",
+        "logistic probes",
+        "DiffMean",
+    )
+    for line in (*named, "predict none", "neurons", "PCA", "fresh ones", *DEFINITIONS):
         assert line in printed
+    assert "…" not in printed
     assert all(f"{name}: {d.meaning}" in printed for name, d in DEFINITIONS.items())
     assert main([*command, "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     rows = {row["name"]: row["metrics"] for row in record["rows"]}
-    assert list(rows) == ["untrained", "random directions", str(sae), "true dictionary", "logistic probes"]
+    assert list(rows)[:6] == ["predict none", "neurons", "PCA", "DiffMean", "untrained", "random directions"]
+    assert list(rows)[6:] == [str(sae), "true dictionary", "logistic probes"]
+    assert rows["predict none"]["f1"]["value"] == 0 < rows["neurons"]["f1"]["value"]
     assert rows["untrained"]["f1"]["n"] == 3 and rows[str(sae)]["f1"]["n"] == 1
     assert "mcc" not in rows["logistic probes"]
     assert rows["true dictionary"]["mcc"]["value"] == pytest.approx(1, abs=1e-6)

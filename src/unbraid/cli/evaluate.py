@@ -18,6 +18,7 @@ from unbraid.activations.documents import read_documents
 from unbraid.cli.models import open_model
 from unbraid.cli.progress import shown
 from unbraid.cli.saes import open_sae, this_command
+from unbraid.cli.tables import WIDEST_NAME, side_by_side
 from unbraid.evaluation.evaluate import Evaluation, evaluate_all
 from unbraid.evaluation.gates import Verdict, judge, read_limits
 from unbraid.evaluation.labelled import SuiteResult
@@ -30,8 +31,8 @@ from unbraid.stats.bootstrap import Interval
 
 COMPARED = ("l0", "fvu", "delta_ce", "recovered_mean")
 """What the terminal shows of references; the page has all."""
-WIDEST_NAME, WIDEST_INTERVAL = 30, 20
-"""Characters of a table's first column, and of an interval."""
+WIDEST_INTERVAL = 20
+"""Characters of an interval."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def _show_suites(results: Sequence[SuiteResult]) -> None:
     for result in results:
         metrics = result.metrics
         title = escape(f"suite {result.suite} at {result.site}")
-        for some in _side_by_side(metrics, console.width):
+        for some in side_by_side(metrics, console.width, tuple(result.rows), WIDEST_INTERVAL):
             shown = Table(title=title, title_justify="left")
             shown.add_column("", max_width=WIDEST_NAME, overflow="fold")
             for metric in some:
@@ -191,19 +192,6 @@ def _show_suites(results: Sequence[SuiteResult]) -> None:
             console.print(shown)
         for note in result.notes:
             print(note)
-
-
-def _side_by_side(metrics: Sequence[str], width: int) -> list[list[str]]:
-    """Metrics by the table that shows them: as many next to each other as a terminal has room for."""
-    found, left = list[list[str]](), 0
-    for metric in metrics:
-        needed = max(len(metric), WIDEST_INTERVAL) + 3
-        if needed > left:
-            found.append([])
-            left = width - WIDEST_NAME - 4
-        found[-1].append(metric)
-        left -= needed
-    return found
 
 
 def _cell(cell: Interval | str) -> str:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from unbraid.cli.progress import shown
 from unbraid.cli.saes import this_command
+from unbraid.cli.tables import side_by_side
 from unbraid.evaluation.synthetic import PlantedConfig, read_world, write_world
 from unbraid.evaluation.truth import DEFINITIONS, Verdict, judge
 from unbraid.manifest.errors import UserError
@@ -18,6 +20,8 @@ from unbraid.manifest.record import MANIFEST, check_files
 from unbraid.sae.base import SAE
 from unbraid.sae.formats.detect import detect
 from unbraid.stats.bootstrap import Interval
+
+WIDEST_CELL = len("-0.000 ±0.000")
 
 
 @dataclass(frozen=True)
@@ -99,13 +103,15 @@ def _show(verdict: Verdict, world: Path) -> None:
     judged = [row for row in verdict.rows if row.kind == "judged"]
     rows = [row for row in verdict.rows if row.kind != "judged" or row is judged[-1]]
     names = ["autoencoder" if row is judged[0] else row.name for row in rows]
-    table = Table("", *names)
-    for name in DEFINITIONS:
-        table.add_row(name, *(_cell(row.metrics.get(name)) for row in rows))
     print(
         f"{world}: {verdict.active:.1f} features fire at a sample; judged on {verdict.samples:,} fresh ones"
     )
-    Console().print(table)
+    console = Console()
+    for metrics in side_by_side(tuple(DEFINITIONS), console.width, names, WIDEST_CELL):
+        table = Table("", *metrics)
+        for name, row in zip(names, rows, strict=True):
+            table.add_row(escape(name), *(_cell(row.metrics.get(metric)) for metric in metrics))
+        console.print(table)
     for name, definition in DEFINITIONS.items():
         print(f"{name}: {definition.meaning}")
     print("±: 95 % interval of a mean over seeds, Student's; --json has every autoencoder by itself")
