@@ -1,5 +1,4 @@
-"""What an autoencoder has to beat: one that never learned, random directions,
-raw neurons and principal components."""
+"""What an autoencoder has to beat: an untrained one, random directions, raw neurons, principal components."""
 
 from __future__ import annotations
 
