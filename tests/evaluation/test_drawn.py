@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from unbraid.evaluation import drawn
 from unbraid.evaluation.drawn import Drawn, Share, Tokens, mean_of
-from unbraid.stats.bootstrap import share_interval
+from unbraid.stats.bootstrap import as_equal, share_interval
 from unbraid.stats.effects import auroc
 
 
@@ -32,6 +32,8 @@ def test_without_a_document_is_without_its_tokens(seed: int, n: int) -> None:
             assert ratio.without[place] == pytest.approx(above[left].sum() / below[left].sum())
         else:
             assert np.isnan(ratio.without[place])
+        assert ratio.held[place] == pytest.approx((below & ~left).sum() / below.sum())
+        assert area.held[place] == pytest.approx(1 - left.mean())
         if 0 < label[left].sum() < left.sum():
             assert area.without[place] == pytest.approx(float(auroc(scores[left], label[left])))
 
@@ -52,12 +54,12 @@ def test_more_scores_than_steps_move_the_value_without_a_document_by_little(
 
 def test_a_mean_over_concepts_is_jackknifed_as_one() -> None:
     rng = np.random.default_rng(1)
-    without = rng.uniform(0.4, 0.6, (3, 20))
+    without, held = rng.uniform(0.4, 0.6, (3, 20)), rng.dirichlet(np.ones(20), 3)
     values = [0.4, 0.5, 0.6]
-    found = mean_of([Share(v, w) for v, w in zip(values, without, strict=True)], 20)
+    found = mean_of([Share(*each) for each in zip(values, without, held, strict=True)], 20)
     each = without.mean(axis=0)
     error = np.sqrt(19 / 20 * np.square(each - each.mean()).sum())
-    wanted = share_interval(0.5, float(error), 20)
+    wanted = share_interval(0.5, float(error), 20, equal=as_equal(held.mean(axis=0)))
     assert (found.value, found.low, found.high) == pytest.approx((wanted.value, wanted.low, wanted.high))
     draws = mean_of([Drawn(1.0, np.array([1.0, np.nan, 3.0])), Drawn(3.0, np.array([3.0, 2.0, 5.0]))], 20)
     assert (draws.value, draws.low, draws.high) == (2.0, pytest.approx(2.0), pytest.approx(3.9))

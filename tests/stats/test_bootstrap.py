@@ -14,6 +14,7 @@ from scipy.stats import t as student
 from unbraid.stats import bootstrap
 from unbraid.stats.bootstrap import (
     Interval,
+    as_equal,
     bootstrap_mean,
     bootstrap_ratio,
     bootstrap_unexplained,
@@ -279,3 +280,21 @@ def test_a_share_has_wilsons_interval_for_as_many_trials_as_vary_as_much() -> No
     assert (sure.low, sure.high) == (pytest.approx(wilson(n, n)[0]), 1.0)
     lost = share_interval(1.0, 0.2, n)  # it varies, though no trials of this share would
     assert (lost.low, lost.high) == (0.0, 1.0)
+
+
+def test_few_documents_with_most_tokens_tell_a_spread_no_better_than_themselves() -> None:
+    assert as_equal([3.0] * 7) == pytest.approx(7)
+    assert as_equal([1e6] * 4 + [1e-3] * 50) == pytest.approx(4)
+    assert as_equal([1.0, 0.0]) == 2.0  # no interval without a degree of freedom
+    assert as_equal([1.0, 2.0, 3.0]) == pytest.approx(36 / 14)
+    even, uneven = (
+        share_interval(0.3, 0.05, 20, equal=equal) for equal in (None, as_equal([1] * 10 + [9] * 5))
+    )
+    assert uneven.low < even.low < even.high < uneven.high
+    hits = [True, False, False, True, False, True, False, True, True, False]
+    documents = [0, 0, 0, 0, 1, 1, 2, 2, 3, 3]
+    found = rate_by_document(hits, documents)
+    rest, sizes = np.array([2, 1, 1, 1]) - 0.5 * np.array([4, 2, 2, 2]), np.array([4, 2, 2, 2])
+    error = np.sqrt(3 / 4 * np.square(rest / (1 - sizes / 10)).sum()) / 10
+    wanted = share_interval(0.5, float(error), 4, 10, equal=100 / 28)
+    assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from unbraid.evaluation.labelled import Flags, Matrix, Rows
-from unbraid.stats.bootstrap import Interval, share_interval
+from unbraid.stats.bootstrap import Interval, as_equal, share_interval
 from unbraid.stats.effects import auroc
 
 BINS = 256
@@ -26,12 +26,14 @@ class Share:
     value: float
     without: Matrix
     """(documents,), NaN where without a document nothing is left."""
+    held: Matrix
+    """(documents,), the share of what it is counted among that each document holds; 1 in sum."""
 
     def interval(self, n: int) -> Interval:
         """`share_interval` of the jackknife's standard error over documents, of which there are n."""
         apart = np.where(np.isfinite(self.without), self.without - self.value, 0.0)
         error = float(np.sqrt((n - 1) / n * np.square(apart - apart.mean()).sum()))
-        return share_interval(self.value, error, n)
+        return share_interval(self.value, error, n, equal=as_equal(self.held))
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +65,13 @@ class Tokens:
         )
         with np.errstate(invalid="ignore", divide="ignore"):
             value = float(np.divide(tops.sum(), bottoms.sum()))
-            return Share(value, (tops.sum() - tops) / (bottoms.sum() - bottoms))
+            return Share(value, (tops.sum() - tops) / (bottoms.sum() - bottoms), bottoms / bottoms.sum())
 
     def auroc(self, scores: Matrix, label: Flags) -> Share:
         """AUROC over tokens; without a document, from how many of either kind it has in each of the steps."""
+        held = np.bincount(self.inverse) / len(self.inverse)
         if label.all() or not label.any():
-            return Share(np.nan, np.full(self.documents, np.nan))
+            return Share(np.nan, np.full(self.documents, np.nan), held)
         edges = np.unique(scores)
         if len(edges) > BINS:
             edges = np.unique(
@@ -83,7 +86,7 @@ class Tokens:
         every = _from_counts(up.sum(axis=0, keepdims=True), down.sum(axis=0, keepdims=True))
         without = _from_counts(up.sum(axis=0) - up, down.sum(axis=0) - down)
         value = float(auroc(scores, label))
-        return Share(value, without - every + value)
+        return Share(value, without - every + value, held)
 
 
 def _from_counts(up: Matrix, down: Matrix) -> Matrix:
@@ -104,8 +107,10 @@ def mean_of(some: Sequence[Share | Drawn], n: int) -> Interval:
     value = float(np.mean([one.value for one in some]))
     if isinstance(some[0], Share):
         # A concept that is gone without a document says nothing of that document.
-        parts = [np.where(np.isfinite(o.without), o.without, o.value) for o in some if isinstance(o, Share)]
-        return Share(value, np.mean(parts, axis=0)).interval(n)
+        shares = [one for one in some if isinstance(one, Share)]
+        without = [np.where(np.isfinite(one.without), one.without, one.value) for one in shares]
+        held = [one.held for one in shares]
+        return Share(value, np.mean(without, axis=0), np.mean(held, axis=0)).interval(n)
     draws = np.stack([one.draws for one in some if isinstance(one, Drawn)])
     there = np.isfinite(draws)
     means = np.where(there, draws, 0).sum(axis=0) / np.maximum(there.sum(axis=0), 1)

@@ -99,19 +99,32 @@ def rate_by_document(
     hits, sizes = np.bincount(inverse, weights=trials), np.bincount(inverse).astype(np.float64)
     share = float(hits.sum() / sizes.sum())
     error = _standard_error(hits - share * sizes, sizes)
-    return share_interval(share, error, count, trials.size, level)
+    return share_interval(share, error, count, trials.size, level, as_equal(sizes))
+
+
+def as_equal(sizes: ArrayLike) -> float:
+    """Return how many units of equal size tell as much of a spread as units of these sizes (n,), at most n
+    and at least 2 (Kish, 1965): where few documents hold most tokens, those few alone tell it."""
+    given = np.asarray(sizes, dtype=np.float64)
+    return max(2.0, float(given.sum() ** 2 / np.square(given).sum()))
 
 
 def share_interval(
-    share: float, error: float, documents: int, trials: float = np.inf, level: float = 0.95
+    share: float,
+    error: float,
+    documents: int,
+    trials: float = np.inf,
+    level: float = 0.95,
+    equal: float | None = None,
 ) -> Interval:
     """Return a number from 0 to 1 of so many documents and this standard error, with Wilson's interval for as
-    many trials as would vary as much, at most `trials`; where nothing varies, for one trial a document."""
+    many trials as would vary as much, at most `trials`; where nothing varies, for one trial a document.
+    `equal` documents of one size would tell the error as well (`as_equal`); all of them unless given."""
     effective = float(documents)
     if error > ROUNDING:
         # No more than there are, however evenly they fall; fewer where few documents tell the deviation.
         effective = min(share * (1 - share) / error**2, float(trials))
-        effective *= (_z(level) / _t(level, documents - 1)) ** 2
+        effective *= (_z(level) / _t(level, (equal or documents) - 1)) ** 2
     if effective <= ROUNDING:
         return Interval(share, 0.0, 1.0, documents)
     low, high = wilson(share * effective, effective, level)
@@ -283,7 +296,7 @@ def _finite(values: ArrayLike) -> NDArray[np.float64]:
     return array
 
 
-def _t(level: float, freedom: int) -> float:
+def _t(level: float, freedom: float) -> float:
     _check(0 < level < 1, "a confidence level lies between 0 and 1")
     return float(student.ppf((1 + level) / 2, freedom))
 
