@@ -23,13 +23,20 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 from scipy.stats import norm
 
+from unbraid.activations.documents import Document
 from unbraid.evaluation.drawn import Share, Tokens, mean_of
+from unbraid.evaluation.labelled import Pooled
+from unbraid.evaluation.scr import scr
 from unbraid.evaluation.stability import over_seeds, similarity
+from unbraid.evaluation.tpp import tpp
 from unbraid.features.find import FindConfig, find
 from unbraid.features.labels.contexts import Evidence, Window
 from unbraid.features.labels.scores import classified
+from unbraid.sae.base import SAE, SAEConfig
+from unbraid.sae.registry import build
 from unbraid.stats.agreement import agreement
 from unbraid.stats.bootstrap import (
     Interval,
@@ -55,6 +62,7 @@ from unbraid.stats.redrawn import correlation_by_document
 
 Rng = np.random.Generator
 RESAMPLES = 1000
+D_IN = 8
 
 
 # --- tests: each returns whether it raised an alarm on data without any effect ---
@@ -331,6 +339,54 @@ def share_of_tokens(rng: Rng, n: int, what: str, count: int) -> Measured:
     return mean_of(some, n), None, truth
 
 
+def labelled(rng: Rng, n: int) -> tuple[list[Document], Pooled, SAE]:
+    """Means of n documents with two labels of two values, the second louder, and one of three; the latents
+    hold about half of what a label adds."""
+    documents = [
+        Document.of_text(
+            str(rng.integers(2**62)),
+            labels={"job": "ab"[i % 2], "sex": "cd"[i // 2 % 2], "topic": "efg"[i // 4 % 3]},
+        )
+        for i in range(n)
+    ]
+    raw, codes = 0.8 * rng.normal(size=(n, D_IN)), np.zeros((n, 2 * D_IN))
+    for row, document in enumerate(documents):
+        for place, (name, yes, size) in enumerate((("job", "b", 1.0), ("sex", "d", 2.0))):
+            up = document.labels[name] == yes
+            raw[row, place] += size if up else -size
+            codes[row, place if up else D_IN + place] = size * rng.beta(4, 4)
+        topic = 2 + "efg".index(document.labels["topic"])
+        raw[row, topic] += 2.0
+        codes[row, topic] = 2 * rng.beta(4, 4)
+    sae = build(SAEConfig("relu", D_IN, 2 * D_IN, site="layers.0.resid_post"))
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.cat([torch.eye(D_IN), -torch.eye(D_IN)]))
+        sae.W_enc.copy_(sae.W_dec.T)
+    fired = (codes > 0).sum(axis=0).astype(np.float64)
+    pooled = Pooled(raw, {"sae": csr_array(codes)}, {"sae": fired}, np.ones(n, dtype=np.int64))
+    return documents, pooled, sae.requires_grad_(False)
+
+
+SUITES = {"SCR": (scr, "scr_metric_threshold_2"), "TPP": (tpp, "tpp_threshold_2_total_metric")}
+"""By name a suite that is repeated with five seeds, and one of its metrics."""
+
+
+def suite(rng: Rng, name: str, n: int) -> Interval:
+    """One number of n documents."""
+    documents, pooled, sae = labelled(rng, n)
+    run, metric = SUITES[name]
+    return run(pooled, {"sae": sae}, (), documents, int(rng.integers(2**31)), thresholds=(2,)).rows["sae"][
+        metric
+    ]
+
+
+@cache
+def on_average(name: str, n: int) -> float:
+    """What it is on average over 400 sets of n documents."""
+    rng = np.random.default_rng(2)
+    return float(np.mean([suite(rng, name, n).value for _ in range(400)]))
+
+
 def dictionaries(rng: Rng, n: int) -> list[torch.Tensor]:
     """n decoders (24, 12) with common directions, each with as much noise of its own as its seed had luck."""
     common = np.random.default_rng(0).normal(size=(24, 12))
@@ -407,6 +463,12 @@ INTERVALS: dict[str, Callable[[Rng], Measured]] = {
         )
         for what in ("purity", "completeness", "auroc")
         for n, count in ((15, 1), (30, 4), (100, 1))
+    },
+    **{
+        f"{name} of five seeds, {n} documents": (
+            lambda rng, name=name, n=n: (suite(rng, name, n), None, on_average(name, n))
+        )
+        for name, n in (("SCR", 400), ("TPP", 300))
     },
     **{f"PW-MCC of {n} seeds": lambda rng, n=n: stable(rng, n) for n in (3, 5)},
     **{f"mean of {n} seeds": lambda rng, n=n: seeds(rng, n) for n in (3, 5)},

@@ -34,7 +34,7 @@ from turns import CLOCKS, Result, clock, timed, turns
 from training import machine, versions
 from unbraid.activations.documents import Document
 from unbraid.evaluation.evaluate import evaluate
-from unbraid.evaluation.references import untrained
+from unbraid.evaluation.references import REFERENCES, untrained
 from unbraid.model.load import LanguageModel
 from unbraid.model.read import read_sites
 from unbraid.model.sites import Site
@@ -185,14 +185,18 @@ def peer(lm: LanguageModel, sae: SAE, layer: int, model: Any) -> tuple[Any, Any]
 
 
 def full(found: Result, lm: LanguageModel, sae: SAE, tokens: int) -> None:
-    """One whole evaluation, and how far resident memory went up from a tenth of it to all."""
-    evaluate(sae, lm, subjects.stories(), tokens=tokens // 10)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds = timed(lambda: evaluate(sae, lm, subjects.stories(), tokens=tokens))
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found.row("full_seconds", seconds, "s")
-    found.row("full_peak_memory", after / 1024, "MB")
-    found.row("full_peak_memory_over_a_tenth", (after - before) / 1024, "MB")
+    """One whole evaluation, by itself and beside all references as `unbraid evaluate` has it, and how far
+    resident memory went up from a tenth of it to all."""
+    for beside, references in (("", ()), ("_with_references", REFERENCES)):
+        evaluate(sae, lm, subjects.stories(), tokens=tokens // 10, references=references)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        seconds = timed(
+            lambda r=references: evaluate(sae, lm, subjects.stories(), tokens=tokens, references=r)
+        )
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        found.row(f"full{beside}_seconds", seconds, "s")
+        found.row(f"full{beside}_peak_memory", after / 1024, "MB")
+        found.row(f"full{beside}_peak_memory_over_a_tenth", (after - before) / 1024, "MB")
 
 
 if __name__ == "__main__":

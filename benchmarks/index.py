@@ -129,8 +129,8 @@ def one(tool: str, python: str, folder: Path, latents: int | None = None) -> dic
 def against_saedashboard(found: Result, given: argparse.Namespace, folder: Path) -> None:
     """Both tools on the same tokens; SAEDashboard on as many latents as `--minutes` allow, all as a rule."""
     prepare(folder, given)
-    tools = {"unbraid": sys.executable, "saedashboard": str(given.peer)}
-    one("unbraid", sys.executable, folder)  # compiles the loops
+    tools = {"unbraid": str(given.python), "saedashboard": str(given.peer)}
+    one("unbraid", tools["unbraid"], folder)  # compiles the loops
     few = {n: one("saedashboard", tools["saedashboard"], folder, n) for n in (BATCH, 3 * BATCH)}
     for n, run in few.items():
         found.row(f"saedashboard_seconds_of_{n}_latents", run["seconds"], "s")
@@ -218,7 +218,7 @@ def memory(found: Result, given: argparse.Namespace, folder: Path) -> None:
     peaks: list[float] = []
     for tokens in given.memory_tokens:
         (folder / "settings.json").write_text(json.dumps({**settings, "tokens": tokens}))
-        run = one("unbraid", sys.executable, folder)
+        run = one("unbraid", str(given.python), folder)
         peaks.append(run["peak_mb"])
         found.row(f"memory_{tokens}_tokens", run["peak_mb"], "MB held", run["loaded_mb"], run["peak_mb"])
     found.ratios["index_memory_of_most_vs_fewest_tokens"] = peaks[-1] / peaks[0]
@@ -234,6 +234,9 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--memory-tokens", nargs="+", type=int, default=[131072, 524288, 2097152])
     parser.add_argument("--model", default="tinystories-656k", help="of the shared models")
+    parser.add_argument(
+        "--python", type=Path, default=Path(sys.executable), help="that has unbraid, for its memory"
+    )
     parser.add_argument("--peer", type=Path, default=PEERS / "saedashboard" / "bin" / "python")
     parser.add_argument("--folder", type=Path, help="where to write, if not the system's temporary folder")
     parser.add_argument("--out", type=Path, help="file for the result as JSON")

@@ -158,9 +158,22 @@ def test_the_score_is_the_plain_computation(seed: int, n: int) -> None:
         right(p, raw, sex, rows["test"]) for p in (bias.probe, probes[1])
     )
     assert bias.on_select == right(bias.probe, raw, job, rows["select"])
-    assert found == pytest.approx((after - before) / (oracle - before))
+    assert found.value == pytest.approx((after - before) / (oracle - before))
     nothing = bias.score(raw, basis, latents[:0])
-    assert nothing == 0
+    assert nothing.value == 0 and not nothing.pull.any()
+
+    # What a document pulls is what the score moves by as it counts for more.
+    tested, moved = rows["test"], np.zeros(len(raw))
+    hits = [
+        np.array([(x[i] @ p.weight + p.bias > 0) == job[i] for i in tested], dtype=float)
+        for p, x in ((bias.probe, raw - codes[:, best] @ write[best]), (bias.probe, raw), (probes[0], raw))
+    ]
+    for place, document in enumerate(tested):
+        weight = np.ones(len(tested))
+        weight[place] += 1e-6
+        a, b, o = (np.average(hit, weights=weight) for hit in hits)
+        moved[document] = ((a - b) / (o - b) - found.value) / 1e-6
+    np.testing.assert_allclose(found.pull, moved, atol=1e-5)
 
 
 def test_labels_of_several_values_are_taken_two_by_two() -> None:

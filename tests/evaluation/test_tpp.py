@@ -96,8 +96,11 @@ def test_perturbation_is_the_plain_computation(seed: int, n: int) -> None:
             before = ((raw[kept] @ reader.weight + reader.bias > 0) == positive).mean()
             drop[i, j] = before - ((x @ reader.weight + reader.bias > 0) == positive).mean()
     own = np.eye(3, dtype=bool)
-    assert found["intended_diff_only"] == pytest.approx(drop[own].mean())
-    assert found["unintended_diff_only"] == pytest.approx(drop[~own].mean())
+    assert found["intended_diff_only"].value == pytest.approx(drop[own].mean())
+    assert found["unintended_diff_only"].value == pytest.approx(drop[~own].mean())
+    total = found["total_metric"]
+    assert total.value == pytest.approx(drop[own].mean() - drop[~own].mean())
+    assert np.flatnonzero(total.pull).size and abs(total.pull.sum()) < 1e-12
 
 
 def test_tpp_needs_a_label_with_three_values() -> None:

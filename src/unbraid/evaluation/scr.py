@@ -38,6 +38,7 @@ from unbraid.evaluation.labelled import (
 )
 from unbraid.evaluation.probing import mean_difference
 from unbraid.evaluation.removal import matched
+from unbraid.evaluation.reseeds import Judged, combined, over_seeds, values_of
 from unbraid.evaluation.tpp import (
     RESEEDS,
     THRESHOLDS,
@@ -50,7 +51,6 @@ from unbraid.evaluation.tpp import (
 )
 from unbraid.manifest.errors import UserError
 from unbraid.sae.base import SAE
-from unbraid.stats.bootstrap import mean_of_runs
 
 GAP = 0.05
 """Accuracy that the bias has to cost before a score, which is divided by it, means anything."""
@@ -69,7 +69,8 @@ _HOW = (
     " probe of the other label, zero-ablated with the error kept; logistic regressions (L2, C=1,"
     " standardised); 35:30:35 by hash of content and seed; DiffMean and the probe direction are one"
     " direction whatever n; mean over the pairs of labels with A(oracle) − A(before) of at least 0.05 and"
-    " over five seeds, whose runs share documents, Student's t over the seeds"
+    " over five seeds, Student's t over the seeds with the covariance that the documents in two seeds' tests"
+    " give"
 )
 DEFINITIONS: dict[str, Definition] = {
     f"scr_{part}_threshold_{n}": Definition(
@@ -106,18 +107,32 @@ class Bias:
     """The label that it should not."""
     reader: Probe
     """The unbiased probe of `removed`, by which latents are chosen."""
-    before: float
-    """Accuracy of the biased probe for `kept` on test."""
-    oracle: float
-    """The unbiased probe's."""
+    right: Flags
+    """Whether the biased probe is right of `kept` on test (n,)."""
+    oracle_right: Flags
+    """Whether the unbiased probe is."""
     on_select: float
     """Accuracy of the biased probe for `kept` on select."""
 
-    def score(self, raw: Matrix, basis: Basis, latents: Rows) -> float:
+    @property
+    def before(self) -> float:
+        """Accuracy of the biased probe for `kept` on test."""
+        return float(self.right.mean())
+
+    @property
+    def oracle(self) -> float:
+        """The unbiased probe's."""
+        return float(self.oracle_right.mean())
+
+    def score(self, raw: Matrix, basis: Basis, latents: Rows) -> Judged:
         """Share of the lost accuracy that comes back when these latents are ablated; some must be lost."""
         rows, positive = self.kept.rows["test"], self.kept.positive["test"]
-        after = self.probe.correct(ablated(raw, basis, rows, latents), positive).mean()
-        return float((after - self.before) / (self.oracle - self.before))
+        after = self.probe.correct(ablated(raw, basis, rows, latents), positive)
+        lost = self.oracle - self.before
+        score = float(after.mean() - self.before) / lost
+        before = self.right.astype(np.float64)
+        rest = (after - before) - score * (self.oracle_right - before)  # 0 in sum
+        return Judged(score, Judged.mean_of(rest / lost, rows, len(raw)).pull)
 
 
 def scr(
@@ -136,10 +151,10 @@ def scr(
     chosen ones. Raises UserError when no two labels have enough documents of all four kinds.
     """
     lost: dict[str, list[dict[str, float]]] = {}
-    runs: dict[str, dict[str, list[float]]] = {}
+    runs: dict[str, dict[str, list[Judged]]] = {}
     by_pair: dict[str, dict[str, dict[str, list[float]]]] = {}
     for run in range(seed, seed + reseeds):
-        here: dict[str, dict[str, list[float]]] = {}
+        here: dict[str, dict[str, list[Judged]]] = {}
         for pair in pairs(documents, split_documents(documents, run), run):
             probes = [fit_probe(pooled.raw, task) for task in pair.labels]
             asked = biases(pooled.raw, pair, probes)
@@ -153,13 +168,19 @@ def scr(
             ways = bases_by_row(pooled, saes, pair.labels, probes, run)
             for name, metric, score in _scores(pooled, saes, baselines, ways, asked, thresholds, run):
                 here.setdefault(name, {}).setdefault(metric, []).append(score)
-                by_pair.setdefault(name, {}).setdefault(pair.name, {}).setdefault(metric, []).append(score)
-        for name, row in _means(here).items():
-            for metric, score in row.items():
-                runs.setdefault(name, {}).setdefault(metric, []).append(score)
-    rows = {name: {m: mean_of_runs(row[m]) for m in DEFINITIONS if m in row} for name, row in runs.items()}
+                by_pair.setdefault(name, {}).setdefault(pair.name, {}).setdefault(metric, []).append(
+                    score.value
+                )
+        for name, row in here.items():
+            for metric, scores in row.items():
+                runs.setdefault(name, {}).setdefault(metric, []).append(combined(scores))
+    rows = {name: {m: over_seeds(row[m]) for m in DEFINITIONS if m in row} for name, row in runs.items()}
     named = set(saes) - set(baselines)
-    details = {"runs": runs, "pairs": {name: _means(its) for name, its in by_pair.items()}, "bias": lost}
+    details = {
+        "runs": values_of(runs),
+        "pairs": {name: _means(its) for name, its in by_pair.items()},
+        "bias": lost,
+    }
     floors = tuple(name for name in rows if name not in named)
     return SuiteResult("scr", rows, floors, detectable(rows), details, _notes(lost))
 
@@ -227,12 +248,12 @@ def biases(raw: Matrix, pair: Pair, probes: Sequence[Probe]) -> tuple[Bias, Bias
     def asked(kept: int) -> Bias:
         task = pair.labels[kept]
 
-        def accuracy(reader: Probe, split: str) -> float:
-            return float(reader.correct(raw[task.rows[split]], task.positive[split]).mean())
+        def right(reader: Probe, split: str) -> Flags:
+            return reader.correct(raw[task.rows[split]], task.positive[split])
 
         return Bias(
             probe, task, pair.labels[1 - kept], probes[1 - kept],
-            accuracy(probe, "test"), accuracy(probes[kept], "test"), accuracy(probe, "select"),
+            right(probe, "test"), right(probes[kept], "test"), float(right(probe, "select").mean()),
         )  # fmt: skip
 
     return asked(0), asked(1)
@@ -251,7 +272,7 @@ def _scores(
     asked: tuple[Bias, Bias],
     thresholds: Sequence[int],
     seed: int,
-) -> Iterator[tuple[str, str, float]]:
+) -> Iterator[tuple[str, str, Judged]]:
     """Row of the table, metric and score of one pair, where its bias costs anything."""
     worse = 0 if asked[0].on_select <= asked[1].on_select else 1
     for kept, bias in enumerate(asked):

@@ -38,9 +38,9 @@ from unbraid.evaluation.labelled import (
     tasks,
 )
 from unbraid.evaluation.probing import PENALTY, direction, mean_difference
+from unbraid.evaluation.reseeds import Judged, combined, over_seeds, values_of
 from unbraid.manifest.errors import UserError
 from unbraid.sae.base import SAE
-from unbraid.stats.bootstrap import mean_of_runs
 
 THRESHOLDS = (2, 5, 10, 20, 50, 100, 500)
 """How many latents are ablated; those beyond an autoencoder's width are left out."""
@@ -55,8 +55,8 @@ _HOW = (
     " max(mean difference on select, 0)·(W_dec·w), w the weights of a logistic regression (L2, C=1,"
     " standardised) fitted on fit, zero-ablated with the error kept, accuracy on test, classes of equal"
     " size, 35:30:35 by hash of content and seed; DiffMean and the probe direction are one direction"
-    " whatever n; mean over labels and over five seeds, whose runs share documents, Student's t over the"
-    " seeds"
+    " whatever n; mean over labels and over five seeds, Student's t over the seeds with the covariance that"
+    " the documents in two seeds' tests give"
 )
 DEFINITIONS: dict[str, Definition] = {
     f"tpp_threshold_{n}_{part}": Definition(
@@ -142,10 +142,10 @@ def tpp(
     has latents, the difference of means alone, the probe's own direction (the ceiling), and ablating nothing.
     Raises UserError when no label has three values with enough documents.
     """
-    runs: dict[str, dict[str, list[float]]] = {}
+    runs: dict[str, dict[str, list[Judged]]] = {}
     for run in range(reseeds):
         groups = labels_with_classes(tasks(documents, split_documents(documents, seed + run), seed + run))
-        per_label: dict[str, dict[str, list[float]]] = {}
+        per_label: dict[str, dict[str, list[Judged]]] = {}
         for group in groups:
             probes = [fit_probe(pooled.raw, task) for task in group]
             for name, bases in bases_by_row(pooled, saes, group, probes, seed + run).items():
@@ -157,11 +157,12 @@ def tpp(
                         per_label.setdefault(name, {}).setdefault(metric, []).append(value)
         for name, row in per_label.items():
             for metric, values in row.items():
-                runs.setdefault(name, {}).setdefault(metric, []).append(float(np.mean(values)))
-    rows = {name: {m: mean_of_runs(values) for m, values in row.items()} for name, row in runs.items()}
+                runs.setdefault(name, {}).setdefault(metric, []).append(combined(values))
+    rows = {name: {m: over_seeds(values) for m, values in row.items()} for name, row in runs.items()}
     named = set(saes) - set(baselines)
     floors = tuple(name for name in rows if name not in named)
-    return SuiteResult("tpp", rows, floors, detectable(rows), {"runs": runs})
+    details = {"runs": values_of(runs)}
+    return SuiteResult("tpp", rows, floors, detectable(rows), details)
 
 
 def labels_with_classes(asked: Sequence[Task]) -> list[list[Task]]:
@@ -216,20 +217,20 @@ def unlearned(raw: Matrix, saes: Mapping[str, SAE], seed: int) -> dict[str, Matr
 
 def perturbation(
     raw: Matrix, bases: Sequence[Basis], group: Sequence[Task], probes: Sequence[Probe], n: int
-) -> dict[str, float]:
+) -> dict[str, Judged]:
     """Total, intended and unintended effect of ablating n features for each class of a label."""
-    drops = np.zeros((len(group), len(group)))
+    own: list[Judged] = []
+    others: list[Judged] = []
     for i, (task, probe, basis) in enumerate(zip(group, probes, bases, strict=True)):
         features = strongest(effects(basis, task, probe), n)
         for j, (other, reader) in enumerate(zip(group, probes, strict=True)):
             rows, positive = other.rows["test"], other.positive["test"]
-            before = reader.correct(raw[rows], positive).mean()
-            after = reader.correct(ablated(raw, basis, rows, features), positive).mean()
-            drops[i, j] = before - after
-    own = np.eye(len(group), dtype=np.bool_)
-    intended, unintended = float(drops[own].mean()), float(drops[~own].mean())
+            before = reader.correct(raw[rows], positive).astype(np.float64)
+            drop = before - reader.correct(ablated(raw, basis, rows, features), positive)
+            (own if i == j else others).append(Judged.mean_of(drop, rows, len(raw)))
+    intended, unintended = combined(own), combined(others)
     return {
-        "total_metric": intended - unintended,
+        "total_metric": combined([intended, unintended], [1, -1]),
         "intended_diff_only": intended,
         "unintended_diff_only": unintended,
     }
