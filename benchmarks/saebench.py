@@ -175,7 +175,7 @@ def spurious() -> None:
             for n in TOP:
                 chosen = strongest(effects(basis, bias.removed, bias.reader), n)
                 key = f"scr_dir{direction}_threshold_{n}"
-                ours = bias.score(raw, basis, chosen)
+                ours = bias.score(raw, basis, chosen).value
                 print(f"{pair.name + ', ' + key:52}{ours:10.4f}{theirs[key]:10.4f}")
 
 

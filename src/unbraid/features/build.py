@@ -17,18 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from unbraid.activations.documents import Document
 from unbraid.features.finish import Places, read_state, write_tables
-from unbraid.features.hashes import I32
 from unbraid.features.memory import give_back
 from unbraid.features.page import Index
 from unbraid.features.state import VERSION, Seen, Sizes, State
 from unbraid.features.stretches import Classes, Part, Reader, Stretch, parts_of
-from unbraid.features.tables import LAYOUT, PASSAGE, PASSAGES, PLACES, Passages, part_name
+from unbraid.features.tables import LAYOUT, PASSAGES, Passages, PassageWriter, part_name
 from unbraid.manifest.errors import UserError
-from unbraid.manifest.files import write_json, writing
+from unbraid.manifest.files import write_json
 from unbraid.manifest.identity import canonical_json
 from unbraid.manifest.progress import Progress
 from unbraid.manifest.record import write_manifest
@@ -211,7 +209,7 @@ class Build:
     ) -> tuple[int, int]:
         """Take in a part; returns its counted tokens and how many of its documents were read."""
         state, seen, before = self.state, self.state.seen, self.state.seen.tokens
-        digest, windows, last = hashlib.sha256(), _Windows(), -1
+        digest, windows, last = hashlib.sha256(), PassageWriter(), -1
         for stretch in reader.stretches(part, budget, lambda d: state.stratum(d.stratum or "")):
             give_back()
             for piece in stretch.pieces:
@@ -221,7 +219,8 @@ class Build:
                     seen.documents += 1
                     last = piece.document
                 tokens = np.asarray(piece.window.input_ids, "<i8")
-                windows.add(piece.document, document, piece.window.positions, tokens.astype(np.int32))
+                first = piece.window.positions[-1] - len(piece.window.positions) + 1
+                windows.add(piece.document, document.id, document.stratum, first, tokens.astype(np.int32))
                 digest.update(f"{document.id}\n".encode())
                 digest.update(tokens.tobytes())
             state.add(stretch.starts, stretch.latents, stretch.values, stretch.rows)
@@ -315,29 +314,6 @@ class Build:
             without=WORK,
         )
         (self.folder / WORK).unlink()
-
-
-class _Windows:
-    """The passages of a part, before they are written."""
-
-    def __init__(self) -> None:
-        self.columns: dict[str, list[Any]] = {name: [] for name in PASSAGE.names}
-
-    def add(self, number: int, document: Document, positions: Sequence[int], tokens: I32) -> None:
-        row = (None, number, document.id, document.stratum, positions[-1] - len(positions) + 1, tokens)
-        for column, value in zip(self.columns.values(), row, strict=True):
-            column.append(value)
-
-    def write(self, folder: Path, part: int) -> None:
-        if n := len(self.columns["id"]):
-            self.columns["passage"] = list(range(part << PLACES, (part << PLACES) + n))
-            table = pa.table(self.columns, schema=PASSAGE)
-            with (
-                writing(folder / PASSAGES / part_name(part)) as path,
-                pa.OSFile(str(path), "wb") as file,
-                pa.ipc.new_file(file, PASSAGE) as writer,
-            ):
-                writer.write_batch(table.to_batches()[0])
 
 
 def require_same(origin: Origin, index: Index) -> None:

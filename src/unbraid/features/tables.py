@@ -12,8 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from unbraid.manifest.files import writing
 
 LAYOUT = 2
 """Version of these tables; stands in the facts of an index."""
@@ -191,6 +195,63 @@ class Table:
     def groups(self) -> int:
         """How many row groups there are."""
         return self._metadata.num_row_groups
+
+
+class PassageWriter:
+    """The passages of a part, before they are written."""
+
+    def __init__(self) -> None:
+        self._numbers: list[tuple[int, int]] = []
+        self._texts: list[tuple[str, str | None]] = []
+        self._tokens: list[NDArray[np.int32]] = []
+
+    def add(self, document: int, id: str, stratum: str | None, first: int, tokens: NDArray[np.int32]) -> None:
+        """Take the next passage: PASSAGE's columns but its own number."""
+        self._numbers.append((document, first))
+        self._texts.append((id, stratum))
+        self._tokens.append(tokens)
+
+    def write(self, folder: Path, part: int) -> None:
+        """Write the part's file, if there are any."""
+        if not (n := len(self._tokens)):
+            return
+        # From their bytes: what makes columns of values loads pandas where it is installed, for good.
+        numbers = np.array(self._numbers)
+        columns = [
+            _numbers((part << PLACES) + np.arange(n), np.int64),
+            _numbers(numbers[:, 0], np.int64),
+            *(_texts(texts) for texts in zip(*self._texts, strict=True)),
+            _numbers(numbers[:, 1], np.int32),
+            pa.Array.from_buffers(
+                PASSAGE.field("tokens").type,
+                n,
+                [None, pa.py_buffer(_offsets(self._tokens))],
+                children=[_numbers(np.concatenate(self._tokens), np.int32)],
+            ),
+        ]
+        with (
+            writing(folder / PASSAGES / part_name(part)) as path,
+            pa.OSFile(str(path), "wb") as file,
+            pa.ipc.new_file(file, PASSAGE) as writer,
+        ):
+            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=PASSAGE))
+
+
+def _offsets(parts: Sequence[Any]) -> NDArray[np.int32]:
+    return np.cumsum([0, *map(len, parts)]).astype(np.int32)
+
+
+def _numbers(values: NDArray[Any], dtype: Any) -> Any:
+    data = np.ascontiguousarray(values, dtype)
+    return pa.Array.from_buffers(pa.from_numpy_dtype(dtype), len(data), [None, pa.py_buffer(data)])
+
+
+def _texts(texts: Sequence[str | None]) -> Any:
+    data = [(text or "").encode() for text in texts]
+    there = np.packbits([text is not None for text in texts], bitorder="little")
+    return pa.StringArray.from_buffers(
+        len(data), pa.py_buffer(_offsets(data)), pa.py_buffer(b"".join(data)), pa.py_buffer(there)
+    )
 
 
 class Passages:
