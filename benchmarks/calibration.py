@@ -56,9 +56,9 @@ from unbraid.stats.effects import (
     minimum_detectable_difference,
     risk_difference,
 )
+from unbraid.stats.jackknife import auroc_by_document, correlation_by_document
 from unbraid.stats.multiple import benjamini_hochberg
 from unbraid.stats.permutation import familywise_p_value, max_statistic_null
-from unbraid.stats.redrawn import correlation_by_document
 
 Rng = np.random.Generator
 RESAMPLES = 1000
@@ -276,6 +276,15 @@ def correlated(rng: Rng, n: int, each: int, truth: float) -> Measured:
     return found, (float(low), float(high)), truth
 
 
+def separated(rng: Rng, n: int, each: int, truth: float, both: bool) -> Measured:
+    """AUROC of `each` windows of n documents, which differ in level; both kinds in a document, or one."""
+    documents = np.repeat(np.arange(n), each)
+    labels = (np.arange(n * each) if both else documents) % 2 == 0
+    level = 0.3**0.5 * rng.normal(size=n)[documents] + 0.7**0.5 * rng.normal(size=n * each)
+    scores = level + np.sqrt(2) * norm.ppf(truth) * labels
+    return auroc_by_document(scores, labels, documents.tolist()), None, truth
+
+
 def difference_of_rates(rng: Rng, n: int, m: int, p: float, q: float) -> Measured:
     return risk_difference(rng.random(n) < p, rng.random(m) < q), None, p - q
 
@@ -441,6 +450,13 @@ INTERVALS: dict[str, Callable[[Rng], Measured]] = {
             lambda rng, n=n, each=each, truth=truth: correlated(rng, n, each, truth)
         )
         for truth, n, each in ((0.5, 20, 5), (0.5, 30, 1), (0.8, 30, 5), (0.5, 100, 5))
+    },
+    **{
+        f"auroc {truth:g}, {n} documents × {each}, {'both' if both else 'one'} kind{'s' * both} in each": (
+            lambda rng, n=n, each=each, truth=truth, both=both: separated(rng, n, each, truth, both)
+        )
+        for n, each, both in ((12, 2, False), (30, 2, False), (30, 4, True), (60, 1, False))
+        for truth in (0.5, 0.7, 0.9, 0.97)
     },
     "risk difference .3 − .1, 40 + 60": lambda rng: difference_of_rates(rng, 40, 60, 0.3, 0.1),
     "risk difference .95 − .02, 30 + 30": lambda rng: difference_of_rates(rng, 30, 30, 0.95, 0.02),

@@ -131,13 +131,13 @@ def score_labels(
     if scorer in JUDGED:
         return JUDGED[scorer](judge, labelled, seed)
     if scorer == "surprisal":
-        return surprisal(contexts.lm, labelled, seed)
+        return surprisal(contexts.lm, labelled)
     if scorer == "intervention":
         return intervention(contexts.lm, contexts.sae, contexts.site, labelled, seed)
     if embed is None:
         why = "no embedding model is on this machine; name the folder of one with --embedding-model"
         return [not_measured("embedding", "none", 0.5, why, one) for _, one in labelled]
-    return embedding(embed[0], embed[1], labelled, seed)
+    return embedding(embed[0], embed[1], labelled)
 
 
 def estimate(

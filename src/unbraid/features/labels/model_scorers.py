@@ -25,7 +25,7 @@ from unbraid.model.load import LanguageModel
 from unbraid.model.sites import Site
 from unbraid.sae.base import SAE
 from unbraid.stats.bootstrap import bootstrap_mean
-from unbraid.stats.redrawn import auroc_by_document
+from unbraid.stats.jackknife import auroc_by_document
 
 UNRELATED = "various unrelated sentences"
 """What is said of a window instead of its label."""
@@ -41,7 +41,7 @@ BATCH = 32
 Matrix = NDArray[np.float64]
 
 
-def surprisal(lm: LanguageModel, labelled: Sequence[Labelled], seed: int = 0) -> list[Score]:
+def surprisal(lm: LanguageModel, labelled: Sequence[Labelled]) -> list[Score]:
     """Does the label prepare the model for the text?  AUROC, positives against negatives, of how much a
     window's loss falls when the label is said before it instead of "various unrelated sentences"."""
     scores: list[Score] = []
@@ -65,7 +65,7 @@ def surprisal(lm: LanguageModel, labelled: Sequence[Labelled], seed: int = 0) ->
         if id(evidence) not in plain:
             plain[id(evidence)] = mean_log_p(lm, [prefixes[0]] * len(windows), texts)
         gained = mean_log_p(lm, [prefixes[1]] * len(windows), texts) - plain[id(evidence)]
-        value = auroc_by_document(gained, truth, [w.document for w in windows], seed)
+        value = auroc_by_document(gained, truth, [w.document for w in windows])
         blank = not_measured("surprisal", lm.name, 0.5, "", evidence)
         scores.append(Score("surprisal", lm.name, value, 0.5, blank.positives, blank.negatives, blank.hard))
     return scores

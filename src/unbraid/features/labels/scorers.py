@@ -16,7 +16,7 @@ from unbraid.features.labels.contexts import Evidence, Window
 from unbraid.features.labels.judges import Judge, Shown
 from unbraid.features.labels.scores import Score, classified, not_measured
 from unbraid.stats.bootstrap import rate_by_document
-from unbraid.stats.redrawn import correlation_by_document
+from unbraid.stats.jackknife import correlation_by_document
 
 Labelled = tuple[str, Evidence]
 """A label and the evidence about its latent."""

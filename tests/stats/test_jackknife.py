@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from scipy.stats import pearsonr
 from scipy.stats import t as student
 
-from unbraid.stats.bootstrap import Interval
-from unbraid.stats.effects import auroc, auroc_interval
-from unbraid.stats.redrawn import auroc_by_document, correlation_by_document
+from unbraid.stats.bootstrap import Interval, as_equal, share_interval
+from unbraid.stats.effects import auroc
+from unbraid.stats.jackknife import auroc_by_document, correlation_by_document
 
 
 @settings(deadline=None, max_examples=30)
@@ -51,13 +51,34 @@ def test_correlations_without_a_spread() -> None:
     assert single == Interval(pytest.approx(0.5), pytest.approx(0.5), pytest.approx(0.5), 1)
 
 
-def test_the_auroc_of_copied_documents_has_a_wider_interval_than_of_as_many_others() -> None:
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 10**6), n=st.integers(2, 9))
+def test_an_aurocs_interval_is_that_of_the_jackknifes_error(seed: int, n: int) -> None:
+    rng = np.random.default_rng(seed)
+    documents = np.concatenate([np.arange(n), rng.integers(0, n, 20)])
+    scores, labels = rng.integers(0, 6, len(documents)).astype(float), rng.random(len(documents)) < 0.5
+    labels[:2] = True, False
+    found = auroc_by_document(scores, labels, documents.tolist())
+    value = float(auroc(scores, labels))
+    without = [
+        float(auroc(scores[left], labels[left])) if 0 < labels[left].sum() < left.sum() else value
+        for left in (documents != d for d in range(n))
+    ]
+    error = np.sqrt((n - 1) / n * np.square(np.array(without) - np.mean(without)).sum())
+    wanted = share_interval(value, float(error), n, equal=as_equal(np.bincount(documents)))
+    assert found == Interval(*(pytest.approx(number) for number in (value, wanted.low, wanted.high)), n)
+
+
+def test_an_auroc_of_copies_is_of_no_more_documents_and_one_of_1_has_an_interval() -> None:
     rng = np.random.default_rng(1)
     labels = np.arange(120) % 2 == 0
     scores = rng.normal(size=120) + labels
-    found = auroc_by_document(scores, labels, list(range(120)), seed=0, resamples=400)
-    whole = auroc_interval(scores, labels)
-    assert found.value == pytest.approx(float(auroc(scores, labels))) and found.n == 120
-    assert found.low <= whole.low and found.high >= whole.high
-    few = auroc_by_document(np.tile(scores[:20], 6), np.tile(labels[:20], 6), [i % 20 for i in range(120)], 0)
-    assert few.n == 20 and few.high - few.low > 1.5 * (found.high - found.low)
+    few = auroc_by_document(scores[:20], labels[:20], list(range(20)))
+    copied = auroc_by_document(np.tile(scores[:20], 6), np.tile(labels[:20], 6), [i % 20 for i in range(120)])
+    assert (copied.low, copied.high, copied.n) == (pytest.approx(few.low), pytest.approx(few.high), 20)
+    many = auroc_by_document(scores, labels, list(range(120)))
+    assert many.high - many.low < 0.6 * (few.high - few.low)
+    apart = auroc_by_document([3.0, 4.0, 1.0, 2.0], [True, True, False, False], [0, 1, 2, 3])
+    assert apart.value == apart.high == 1 and 0 < apart.low < 0.6
+    alone = auroc_by_document([3.0, 1.0], [True, False], [0, 0])
+    assert alone.n == 1 and alone.low < 0.5

@@ -2,42 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import t as student
 
-from unbraid.stats.bootstrap import ROUNDING, Interval
-from unbraid.stats.effects import auroc, auroc_interval
+from unbraid.stats.bootstrap import ROUNDING, Interval, as_equal, share_interval
+from unbraid.stats.effects import auroc
 
 Matrix = NDArray[np.float64]
 FINITE = (-1 + 1e-12, 1 - 1e-12)
 """Correlations whose Fisher's z is finite."""
 
 
-def auroc_by_document(
-    scores: ArrayLike, labels: ArrayLike, documents: Sequence[object], seed: int, resamples: int = 2000
-) -> Interval:
+def auroc_by_document(scores: ArrayLike, labels: ArrayLike, documents: Sequence[object]) -> Interval:
     """AUROC of scores (n,) for labels (n,), of which those of one document hang together.
 
-    At each end the wider of two: percentiles from documents drawn again, and Newcombe's score interval, which
-    does not end at a point where both groups are wholly apart.  Raises ValueError as `auroc` does.
+    `share_interval` of the jackknife's standard error over documents: so it does not end at a point where
+    both groups are wholly apart. `benchmarks/calibration.py` measures it. Raises ValueError as `auroc` does.
     """
     values, positive = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=bool)
-    whole = auroc_interval(values, positive)
-    # With ties half, AUROC is Σ over pairs; weights of both members multiply.
-    above, below = values[positive], values[~positive]
-    wins = (above[:, None] > below[None]) + 0.5 * (above[:, None] == below[None])
-
-    def statistic(weights: Matrix) -> Matrix:
-        a, b = weights[:, positive], weights[:, ~positive]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return ((a @ wins) * b).sum(axis=1) / (a.sum(axis=1) * b.sum(axis=1))
-
-    n, low, high = _percentiles(statistic, documents, seed, resamples)
     value = float(auroc(values, positive))
-    return Interval(value, min(low, whole.low, value), max(high, whole.high, value), n)
+    inverse, n = _numbered(documents)
+    up, down = inverse[positive], inverse[~positive]
+    above, below = values[positive], values[~positive]
+    # (positives, negatives): with ties half, AUROC is the mean.
+    wins = (above[:, None] > below[None]) + 0.5 * (above[:, None] == below[None])
+    own = (wins * (up[:, None] == down[None])).sum(axis=1)
+    left = wins.sum() - _summed(up, wins.sum(axis=1) - own, n) - _summed(down, wins.sum(axis=0), n)
+    pairs = (len(up) - _summed(up, None, n)) * (len(down) - _summed(down, None, n))
+    without = np.where(pairs > 0, left / np.maximum(pairs, 1), value)
+    error = float(np.sqrt((n - 1) / n * np.square(without - without.mean()).sum()))
+    return share_interval(value, error, n, equal=as_equal(_summed(inverse, None, n)))
+
+
+def _summed(document: NDArray[np.intp], weights: Matrix | None, n: int) -> Matrix:
+    """Sums, or counts, by document (n,)."""
+    return np.bincount(document, weights, n).astype(np.float64)
 
 
 def correlation_by_document(x: ArrayLike, y: ArrayLike, documents: Sequence[object]) -> Interval | None:
@@ -75,22 +77,6 @@ def _correlation(sums: Matrix) -> Matrix:
         a, b = a / n, b / n
         spread = (aa / n - a**2) * (bb / n - b**2)
         return np.where(spread > ROUNDING, (ab / n - a * b) / np.sqrt(np.maximum(spread, 0)), np.nan)
-
-
-def _percentiles(
-    statistic: Callable[[Matrix], Matrix], documents: Sequence[object], seed: int, resamples: int
-) -> tuple[int, float, float]:
-    """How many documents there are, and both ends of a statistic of weights (resamples, n)."""
-    inverse, n = _numbered(documents)
-    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
-    drawn = np.concatenate(
-        [statistic(some[:, inverse].astype(np.float64)) for some in np.array_split(weights, 20)]
-    )
-    drawn = drawn[np.isfinite(drawn)]
-    if not drawn.size:
-        return n, np.inf, -np.inf
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return n, float(low), float(high)
 
 
 def _numbered(documents: Sequence[object]) -> tuple[NDArray[np.intp], int]:
