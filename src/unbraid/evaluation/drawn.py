@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from unbraid.evaluation.labelled import Flags, Matrix, Rows
-from unbraid.stats.bootstrap import Interval, as_equal, share_interval
+from unbraid.stats.bootstrap import Interval, as_equal, jackknife_error, share_interval
 from unbraid.stats.effects import auroc
 
 BINS = 256
@@ -31,8 +31,7 @@ class Share:
 
     def interval(self, n: int) -> Interval:
         """`share_interval` of the jackknife's standard error over documents, of which there are n."""
-        apart = np.where(np.isfinite(self.without), self.without - self.value, 0.0)
-        error = float(np.sqrt((n - 1) / n * np.square(apart - apart.mean()).sum()))
+        error = jackknife_error(self.without, self.value)
         return share_interval(self.value, error, n, equal=as_equal(self.held))
 
 

@@ -23,7 +23,7 @@ from unbraid.evaluation.definitions import Definition
 from unbraid.evaluation.labelled import SuiteResult, detectable
 from unbraid.manifest.errors import UserError
 from unbraid.sae.base import SAE
-from unbraid.stats.bootstrap import Interval, mean_of_runs
+from unbraid.stats.bootstrap import Interval, jackknife_error, mean_of_runs
 
 MATCHED_WIDTH = 4096
 """The widest dictionaries that are matched one to one: 16 million products, some 20 seconds a pair."""
@@ -108,8 +108,8 @@ def over_seeds(decoders: Sequence[Tensor], metric: str) -> Interval:
     # On the logit's scale, where a lucky seed pulls no further up than an unlucky one pulls down.
     inside = np.clip(np.array([value, *without], dtype=np.float64), 1e-9, 1 - 1e-9)
     scaled: NDArray[np.float64] = logit(inside)
-    middle, apart = float(scaled[0]), scaled[1:] - scaled[1:].mean()
-    half = float(student.ppf(0.975, n - 1) * np.sqrt((n - 1) / n * np.square(apart).sum()))
+    middle = float(scaled[0])
+    half = float(student.ppf(0.975, n - 1)) * jackknife_error(scaled[1:], middle)
     low, high = expit(middle - half), expit(middle + half)
     return Interval(value, min(float(low), value), max(float(high), value), n)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unbraid.stats.bootstrap import Interval, share_interval
+from unbraid.stats.bootstrap import Interval, jackknife_error, share_interval
 
 Tables = NDArray[np.float64]
 
@@ -89,8 +89,7 @@ def _interval(tables: Tables, chance: Callable[[Tables], Tables], pairs: int) ->
     error = 0.0
     if n > 1:
         without = _beyond(total - tables, chance)[0]
-        apart = np.where(np.isnan(without), 0.0, without - value)
-        error = float(np.sqrt((n - 1) / n * np.square(apart - apart.mean()).sum()))
+        error = jackknife_error(without, value)
     of = share_interval(differ, error / scale, n, pairs)
     return Interval(value, min(1 - scale * of.high, value), max(1 - scale * of.low, value), n)
 

@@ -102,6 +102,14 @@ def rate_by_document(
     return share_interval(share, error, count, trials.size, level, as_equal(sizes))
 
 
+def jackknife_error(without: ArrayLike, value: float) -> float:
+    """Return the standard error of `value` from the same number without each of n units (n,) (Efron and
+    Tibshirani, 1993, chapter 11); a unit without which nothing is left (not finite) says nothing."""
+    left = np.asarray(without, dtype=np.float64)
+    apart = np.where(np.isfinite(left), left - value, 0.0)
+    return float(np.sqrt((len(left) - 1) / len(left) * np.square(apart - apart.mean()).sum()))
+
+
 def as_equal(sizes: ArrayLike) -> float:
     """Return how many units of equal size tell as much of a spread as units of these sizes (n,), at most n
     and at least 2 (Kish, 1965): where few documents hold most tokens, those few alone tell it."""

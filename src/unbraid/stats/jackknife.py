@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import t as student
 
-from unbraid.stats.bootstrap import ROUNDING, Interval, as_equal, share_interval
+from unbraid.stats.bootstrap import ROUNDING, Interval, as_equal, jackknife_error, share_interval
 from unbraid.stats.effects import auroc
 
 Matrix = NDArray[np.float64]
@@ -32,8 +32,8 @@ def auroc_by_document(scores: ArrayLike, labels: ArrayLike, documents: Sequence[
     own = (wins * (up[:, None] == down[None])).sum(axis=1)
     left = wins.sum() - _summed(up, wins.sum(axis=1) - own, n) - _summed(down, wins.sum(axis=0), n)
     pairs = (len(up) - _summed(up, None, n)) * (len(down) - _summed(down, None, n))
-    without = np.where(pairs > 0, left / np.maximum(pairs, 1), value)
-    error = float(np.sqrt((n - 1) / n * np.square(without - without.mean()).sum()))
+    without = np.where(pairs > 0, left / np.maximum(pairs, 1), np.nan)
+    error = jackknife_error(without, value)
     return share_interval(value, error, n, equal=as_equal(_summed(inverse, None, n)))
 
 
