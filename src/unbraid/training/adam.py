@@ -8,16 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-BETA_MEAN, BETA_SQUARE, EPSILON = 0.9, 0.999, 1e-8
+from unbraid.sae.base import SAE
+
+BETA_MEAN, EPSILON = 0.9, 1e-8
 
 
 class Adam:
-    """Kingma and Ba 2015, arXiv 1412.6980, without weight decay, on all parameters of a module."""
+    """Kingma and Ba 2015, arXiv 1412.6980, without weight decay; β₂ is the architecture's own."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.parameters = dict(module.named_parameters())
+    def __init__(self, sae: SAE) -> None:
+        self.parameters, self.beta_square = dict(sae.named_parameters()), sae.beta_square
         self.mean = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self.square = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
 
@@ -29,14 +31,14 @@ class Adam:
     @torch.no_grad()
     def step(self, number: int, lr: float, only: Sequence[str] | None = None) -> None:
         """Move every parameter (or those named) by its gradient; `number` counts steps from 1."""
-        unbias_mean, unbias_square = 1 - BETA_MEAN**number, 1 - BETA_SQUARE**number
+        unbias_mean, unbias_square = 1 - BETA_MEAN**number, 1 - self.beta_square**number
         for name in self.parameters if only is None else only:
             parameter = self.parameters[name]
             grad = parameter.grad
             if grad is None:
                 continue
             mean = self.mean[name].lerp_(grad, 1 - BETA_MEAN)
-            square = self.square[name].mul_(BETA_SQUARE).addcmul_(grad, grad, value=1 - BETA_SQUARE)
+            square = self.square[name].mul_(self.beta_square).addcmul_(grad, grad, value=1 - self.beta_square)
             size = (square / unbias_square).sqrt_().add_(EPSILON)
             parameter.addcdiv_(mean, size, value=-lr / unbias_mean)
 
