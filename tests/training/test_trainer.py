@@ -200,7 +200,9 @@ def test_what_is_no_number_stops_the_run_and_reaches_no_checkpoint(
     assert all(tensor.isfinite().all() for tensor in checkpoint.tensors.values())
 
 
-def test_a_partial_run_with_other_settings_is_refused(store: ActivationStore, tmp_path: Path) -> None:
+def test_a_partial_run_with_other_settings_is_refused(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Stop(Exception):
         pass
 
@@ -212,6 +214,9 @@ def test_a_partial_run_with_other_settings_is_refused(store: ActivationStore, tm
         train(store, None, SMALL, tmp_path / "sae", progress=stop)
     with pytest.raises(UserError, match="other settings"):
         train(store, None, replace(SMALL, lr=1e-3), tmp_path / "sae")
+    with monkeypatch.context() as another, pytest.raises(UserError, match="other settings"):
+        another.setattr(SAE, "beta_square", 0.9)  # as another version may have it
+        train(store, None, SMALL, tmp_path / "sae")
     train(store, None, SMALL, tmp_path / "sae")
     assert check_files(tmp_path / "sae").facts["tokens"] == 150 * 256
 

@@ -135,8 +135,8 @@ class _Run:
         settings: dict[str, Any],
     ) -> None:  # fmt: skip
         self.sae, self.lm, self.site, self.options, self.folder = sae, lm, site, options, folder
-        self.settings = settings
         self.adam = Adam(sae)
+        self.settings = settings | {"beta_square": self.adam.beta_square}
         self.step, self.rows, self.note = 0, list[dict[str, float]](), ""
         self.sums = torch.zeros(4, dtype=torch.float64)
         """KL, FVU, L0 and batches since the last line of the log."""

@@ -78,6 +78,7 @@ class Run:
         sources = self.sources
         found = {
             "config": asdict(self.config),
+            "beta_square": self.optimizer.beta_square,  # another version may have another
             "site": names(sources.inputs),
             "activations": self.sources.so_far(self.step * self.config.batch_size),
         }
