@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from .small_disk import SmallDisk
+
 # The kernels for a GPU run in Triton's interpreter, which has to know before anybody imports Triton.
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -46,6 +48,16 @@ def shared_models() -> Path:
 def shared_data() -> Path:
     """The folder with real text and labelled data; skips where there is none."""
     return _shared("data")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> SmallDisk:
+    """A disk that is soon full; skips where no process may mount one."""
+    disk = SmallDisk(tmp_path / "disk")
+    disk.folder.mkdir()
+    if not disk.works():
+        pytest.skip("this system lets no process mount a small disk of its own")
+    return disk
 
 
 def _tokenizer(*, chat: bool) -> Any:

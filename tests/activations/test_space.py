@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +16,8 @@ from unbraid.activations.space import Space, parse_size, show_size
 from unbraid.activations.text import Document
 from unbraid.manifest.errors import UserError
 from unbraid.model.load import LanguageModel
+
+from ..small_disk import SmallDisk
 
 Make = Callable[..., Iterator[Document]]
 SITES = ("layers.1.resid_post", "layers.0.attn_z")
@@ -182,24 +180,8 @@ for out in (disk / "out", disk.parent / "whole"):
 """
 
 
-def namespaced(disk: Path, command: list[str]) -> list[str]:
-    inside = f'mount -t tmpfs -o size=2m tmpfs "{disk}" && "$@" && cp -r "{disk}/out" "{disk}.kept"'
-    return ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", inside, "_", *command]
-
-
-def test_a_disk_that_fills_loses_nothing(tiny_llama: Path, tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    trial = namespaced(disk, ["mkdir", str(disk / "out")])
-    if shutil.which("unshare") is None or subprocess.run(trial, capture_output=True).returncode:
-        pytest.skip("this system lets no process mount a small disk of its own")
-    shutil.rmtree(f"{disk}.kept")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-
-    code = [sys.executable, "-c", FULL, str(tiny_llama), str(disk)]
-    done = subprocess.run(namespaced(disk, code), capture_output=True, text=True, env=env, check=False)
-    assert done.returncode == 0, done.stderr
-    said = done.stdout.splitlines()
+def test_a_disk_that_fills_loses_nothing(tiny_llama: Path, small_disk: SmallDisk) -> None:
+    said = small_disk.run("-c", FULL, str(tiny_llama), str(small_disk.folder))
     assert len(said) == 6
     shards = [int(line) for line in said[1::2]]
     assert all(
@@ -207,5 +189,5 @@ def test_a_disk_that_fills_loses_nothing(tiny_llama: Path, tmp_path: Path) -> No
     )  # the second may still have been on its way when the disk was filled
     for sentence in said[::2]:
         assert sentence.startswith("the disk is full; free some space and run the same command again, what")
-        assert str(disk / ".out.partial") in sentence
-    assert bytes_of(Path(f"{disk}.kept")) == bytes_of(tmp_path / "whole")
+        assert str(small_disk.folder / ".out.partial") in sentence
+    assert bytes_of(small_disk.kept / "out") == bytes_of(small_disk.folder.parent / "whole")
