@@ -92,6 +92,14 @@ def ready(page: Page) -> Page:
     return page
 
 
+def led(page: Page, selector: str) -> Page:
+    """The page that a click leads to, wholly loaded: what is typed before that may be lost, as a page that
+    finds the place its address names takes the focus away."""
+    with page.expect_navigation():
+        page.click(selector)
+    return ready(page)
+
+
 def violations(page: Page, **options: Any) -> list[str]:
     found = Axe().run(page, options=options or None).response["violations"]
     return [f"{v['id']}: {n['target']} {n['failureSummary']}" for v in found for n in v["nodes"]]
@@ -229,16 +237,16 @@ def test_what_is_not_known_far_from_an_example_is_grey_and_said_to_be(page: Page
 
 def test_searching_and_going_places(page: Page, world: World) -> None:
     opened(page, world.base)
-    page.click("nav >> text=Search")
+    led(page, "nav >> text=Search")
     page.fill("#q", "delayed package")
-    page.click("main button.primary")
+    led(page, "main button.primary")
     expect(page).to_have_url(re.compile("q=delayed"))  # a link that can be kept
-    page.click("table a:text-is('3')")
+    led(page, "table a:text-is('3')")
     expect(page.locator("h1")).to_have_text("Latent 3")
-    page.click("a[rel=next]")
+    led(page, "a[rel=next]")
     expect(page.locator("h1")).to_have_text("Latent 4")
     page.fill("#go-latent", "6")
-    page.click(".go button")
+    led(page, ".go button")
     expect(page.locator("h1")).to_have_text("Latent 6")
     page.click("text=JSON")
     expect(page).to_have_url(re.compile(r"/latents/6\.json$"))
@@ -267,12 +275,12 @@ def test_the_parts_of_a_latent_lead_to_the_wider_index(page: Page, world: World)
 def test_the_table_of_latents_filters(page: Page, world: World) -> None:
     opened(page, world.base)
     page.fill("input[name=token]", "refund")
-    page.click("text=Show")
+    led(page, "text=Show")
     expect(page.locator("#latents tbody tr")).to_have_count(1)
     page.fill("input[name=token]", "")
     page.fill("input[name=least]", "0.001")
     page.select_option("select[name=sort]", "-max")
-    page.click("text=Show")
+    led(page, "text=Show")
     expect(page.locator("#latents tbody th").nth(0)).to_have_text("5")
 
 
