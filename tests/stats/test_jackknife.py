@@ -65,7 +65,7 @@ def test_an_aurocs_interval_is_that_of_the_jackknifes_error(seed: int, n: int) -
         for left in (documents != d for d in range(n))
     ]
     error = np.sqrt((n - 1) / n * np.square(np.array(without) - np.mean(without)).sum())
-    wanted = share_interval(value, float(error), n, equal=as_equal(np.bincount(documents)))
+    wanted = share_interval(value, float(error), n, len(scores), equal=as_equal(np.bincount(documents)))
     assert found == Interval(*(pytest.approx(number) for number in (value, wanted.low, wanted.high)), n)
 
 
@@ -78,6 +78,9 @@ def test_an_auroc_of_copies_is_of_no_more_documents_and_one_of_1_has_an_interval
     assert (copied.low, copied.high, copied.n) == (pytest.approx(few.low), pytest.approx(few.high), 20)
     many = auroc_by_document(scores, labels, list(range(120)))
     assert many.high - many.low < 0.6 * (few.high - few.low)
+    scores = np.r_[np.arange(30), 13.5]
+    nearly = auroc_by_document(scores, np.arange(31) >= 15, list(range(31)))
+    assert 0.99 < nearly.value < 1 and nearly.low < 0.9
     apart = auroc_by_document([3.0, 4.0, 1.0, 2.0], [True, True, False, False], [0, 1, 2, 3])
     assert apart.value == apart.high == 1 and 0 < apart.low < 0.6
     alone = auroc_by_document([3.0, 1.0], [True, False], [0, 0])

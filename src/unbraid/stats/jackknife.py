@@ -19,8 +19,9 @@ FINITE = (-1 + 1e-12, 1 - 1e-12)
 def auroc_by_document(scores: ArrayLike, labels: ArrayLike, documents: Sequence[object]) -> Interval:
     """AUROC of scores (n,) for labels (n,), of which those of one document hang together.
 
-    `share_interval` of the jackknife's standard error over documents: so it does not end at a point where
-    both groups are wholly apart. `benchmarks/calibration.py` measures it. Raises ValueError as `auroc` does.
+    `share_interval` of the jackknife's standard error over documents, for at most n trials: so it does not
+    end at a point where both groups are wholly apart, nor nearly at one where all but a few are.
+    `benchmarks/calibration.py` measures it. Raises ValueError as `auroc` does.
     """
     values, positive = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=bool)
     value = float(auroc(values, positive))
@@ -34,7 +35,7 @@ def auroc_by_document(scores: ArrayLike, labels: ArrayLike, documents: Sequence[
     pairs = (len(up) - _summed(up, None, n)) * (len(down) - _summed(down, None, n))
     without = np.where(pairs > 0, left / np.maximum(pairs, 1), np.nan)
     error = jackknife_error(without, value)
-    return share_interval(value, error, n, equal=as_equal(_summed(inverse, None, n)))
+    return share_interval(value, error, n, values.size, equal=as_equal(_summed(inverse, None, n)))
 
 
 def _summed(document: NDArray[np.intp], weights: Matrix | None, n: int) -> Matrix:
