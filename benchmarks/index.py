@@ -250,9 +250,9 @@ def main() -> None:
             works[work](found, given, Path(name))
     if given.out:
         result = {
-            "work": {n: v for n, v in vars(given).items() if n not in ("folder", "out", "peer")},
+            "work": {n: v for n, v in vars(given).items() if n not in ("folder", "out", "peer", "python")},
             "machine": machine(),
-            "versions": versions(sys.executable),
+            "versions": versions(str(given.python)),
             "rows": found.rows,
             "ratios": found.ratios,
         }
