@@ -110,11 +110,11 @@ def test_shards_are_listed_by_the_hash_taken_while_writing(
         check_files(store.folder)
 
 
-@pytest.mark.parametrize("where", ["write_tensors", "settle"])
+@pytest.mark.parametrize(("of", "where"), [(shards.ShardFile, "finish"), (shards, "settle")])
 def test_a_failed_write_is_raised_and_what_was_finished_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of: Any, where: str
 ) -> None:
-    real: Any = getattr(shards, where)
+    real: Any = getattr(of, where)
     calls: list[int] = []
 
     def failing(*args: Any) -> Any:
@@ -123,7 +123,7 @@ def test_a_failed_write_is_raised_and_what_was_finished_stays(
             raise OSError(errno.EIO, "Input/output error")
         return real(*args)
 
-    monkeypatch.setattr(shards, where, failing)
+    monkeypatch.setattr(of, where, failing)
     x = torch.randn(1000, 4)
     with pytest.raises(OSError, match="Input/output error") as caught:
         write(tmp_path, "float32", x, 50)
