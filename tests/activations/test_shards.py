@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -131,3 +132,24 @@ def test_a_failed_write_is_raised_and_what_was_finished_stays(
     records = [json.loads(line) for line in (tmp_path / FINISHED).read_text().splitlines()]
     assert [record["file"] for record in records] == ["shard-00000.safetensors", "shard-00001.safetensors"]
     assert sorted(path.name for path in tmp_path.glob("*shard-*")) == [r["file"] for r in records]
+
+
+@pytest.mark.parametrize("more", [40, 10])
+def test_a_shard_is_written_while_it_fills(tmp_path: Path, more: int) -> None:
+    x = torch.randn(60 + more, 4)
+    columns = {name: torch.arange(len(x), dtype=torch.int32) for name in COLUMNS}
+    writer = ShardWriter(tmp_path, {"shard_tokens": 100, "dtype": "float32"}, widths={"s": 4})
+    writer.add({"s": x[:60]}, {name: column[:60] for name, column in columns.items()}, "")
+    for _ in range(6000):
+        begun = [path.stat().st_size for path in tmp_path.glob(".shard-*")]
+        if begun and begun[0] > x[:60].nbytes:
+            break
+        time.sleep(0.01)
+    else:
+        pytest.fail("nothing was written in a minute")
+    writer.add({"s": x[60:]}, {name: column[60:] for name, column in columns.items()}, "")
+    writer.close()
+    (path,) = tmp_path.glob("*shard-*")  # the one that would have been full is gone
+    found = load_file(path)
+    assert torch.equal(found["s"], x) and all(torch.equal(found[name], columns[name]) for name in COLUMNS)
+    assert writer.files()[path.name].blake3 == blake3.blake3(path.read_bytes()).hexdigest()
