@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -37,22 +37,17 @@ class Filling:
             site: torch.zeros(rows.values.shape[1], dtype=torch.float64) for site, rows in self._sites.items()
         }
 
-    def take(
-        self, values: dict[str, Tensor], columns: dict[str, Tensor], start: int, piece: int
-    ) -> Iterator[int]:
-        """Copy as many rows as there is room for, from row `start` on, so many at a time; yields after each
-        piece how many were copied."""
-        room = min(self.capacity - self.filled, len(columns["tokens"]) - start)
+    def take(self, values: dict[str, Tensor], columns: dict[str, Tensor], start: int) -> int:
+        """Copy as many rows as there is room for, from row `start` on; returns how many."""
+        n = min(self.capacity - self.filled, len(columns["tokens"]) - start)
         for name, column in self._columns.items():
-            column.numpy()[self.filled : self.filled + room] = columns[name][start : start + room].numpy()
-        for begin in range(start, start + room, piece):
-            n = min(piece, start + room - begin)
-            for site, rows in self._sites.items():
-                lost, squares = rows.put(self.filled, values[site][begin : begin + n], self._sums[site])
-                self._lost[site] += lost
-                self._squares[site] += squares
-            self.filled += n
-            yield n
+            column[self.filled : self.filled + n] = columns[name][start : start + n]
+        for site, rows in self._sites.items():
+            lost, squares = rows.put(self.filled, values[site][start : start + n], self._sums[site])
+            self._lost[site] += lost
+            self._squares[site] += squares
+        self.filled += n
+        return n
 
     def restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Begin with the rows of a shorter shard that was written, whose record this is."""
@@ -66,9 +61,9 @@ class Filling:
                 self._squares[site] += float(x.norm()) ** 2
                 self._sums[site] += x.sum(dim=0).double()
 
-    def tensors(self, rows: int) -> dict[str, Tensor]:
-        """The memory of its first rows by name, whether they were taken yet or not."""
-        return {name: buffer[:rows] for name, buffer in self._all().items()}
+    def tensors(self) -> dict[str, Tensor]:
+        """What was taken, by name."""
+        return {name: buffer[: self.filled] for name, buffer in self._all().items()}
 
     def error(self) -> dict[str, tuple[float, float]] | None:
         """By site the sums of squares of what rounding changed, and of the distances from the mean."""

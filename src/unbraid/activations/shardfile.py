@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,10 +18,8 @@ from torch import Tensor
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "I32": torch.int32, "I8": torch.int8}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-PIECE = 1 << 20
-"""Bytes that are hashed and handed to the system at once; a processor's own cache holds them for both."""
-ASK = 1 << 22
-"""Bytes after which the system is asked to begin with the disk."""
+WRITE = 1 << 22
+"""Bytes handed to the system at once."""
 _ASK: Any = getattr(ctypes.CDLL(None), "sync_file_range", None) if sys.platform == "linux" else None
 
 
@@ -64,91 +63,39 @@ def places(path: Path) -> dict[str, Place]:
     return found
 
 
-class ShardFile:
-    """Tensors on their way into a file and into its BLAKE3, from the first byte to the last.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
+    """Write contiguous tensors; returns the file's length and its BLAKE3, taken on the way.
 
-    Their memory may still be filled meanwhile: `go_on` takes what there is of the first tensor, `finish` the
-    rest. What was just computed is then hashed and copied while the processor's cache has it. The library's
-    own writer first copies everything into one piece of memory, and the file would have to be read again for
-    its hash.
+    The library's own writer first copies everything into one piece of memory, and the file would have to be
+    read again for its hash.
     """
-
-    def __init__(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Contiguous tensors of the lengths that they have in the file, whatever they hold yet."""
-        self.path = path
-        ordered = _ordered(tensors)
-        header: dict[str, Any] = {}
-        end = 0
-        for name, tensor in ordered:
-            begin, end = end, end + tensor.nbytes
-            header[name] = {
-                "dtype": _NAMES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [begin, end],
-            }
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        head = len(text).to_bytes(8, "little") + text
-        self.size = len(head) + end
-        """Bytes of the whole file."""
-        self._memory = [memoryview(head), *(memory(tensor) for _, tensor in ordered)]
-        self._begin, first = len(head), ordered[0][1] if ordered else torch.empty(0)
-        self._pitch = first.nbytes // max(1, len(first))
-        self._digest, self._file = blake3(), None
-        self._done = self._asked = 0
-        self._failed: OSError | None = None
-
-    def go_on(self, rows: int) -> None:
-        """Write of the first tensor what is not yet written of its first rows, which are there by now. Raises
-        OSError, then and ever after, when the system refuses."""
-        self._write(self._begin + rows * self._pitch)
-
-    def finish(self) -> str:
-        """Write the rest; returns the file's BLAKE3. Raises OSError as `go_on` does."""
-        self._write(self.size)
-        self.close()
-        return self._digest.hexdigest()
-
-    def close(self) -> None:
-        """Leave the file as it is."""
-        if self._file is not None:
-            self._file.close()
-
-    def _write(self, end: int) -> None:
-        """Bytes from where it stopped to `end`, a piece at a time."""
-        if self._failed is not None:
-            raise self._failed
-        try:
-            if self._file is None:
-                self._file = self.path.open("wb", buffering=0)
-            begin = 0
-            for memory in self._memory:
-                stop = min(begin + len(memory), end)
-                while self._done < stop:
-                    piece = memory[self._done - begin : min(self._done + PIECE, stop) - begin]
-                    self._digest.update(piece)
-                    written = 0
-                    while written < len(piece):
-                        written += self._file.write(piece[written:])
-                    self._done += len(piece)
-                    if self._done - self._asked >= ASK or self._done == self.size:
-                        _begin(self._file.fileno())
-                        self._asked = self._done
-                begin += len(memory)
-        except OSError as error:
-            self._failed = error
-            self.close()
-            raise
-
-
-def _ordered(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """The widest numbers first, as the library has them: then everything is aligned for who maps the file.
-    Before them the largest tensor, which is the one to wait for, where they are aligned behind it too."""
+    # The widest first, as the library has them: then everything is aligned for who maps the file.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-    largest = max(ordered, key=lambda item: item[1].nbytes, default=None)
-    if largest is not None and largest[1].nbytes % ordered[0][1].dtype.itemsize == 0:
-        ordered.sort(key=lambda item: item[0] != largest[0])
-    return ordered
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in ordered:
+        begin, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    pieces = [memoryview(head), *(memory(tensor) for _, tensor in ordered)]
+    digest = blake3()
+    # Hashing takes as long as writing to the system's cache; neither holds the interpreter's lock.
+    with ThreadPoolExecutor(1, "unbraid-hash") as beside, path.open("wb", buffering=0) as file:
+        hashed = [beside.submit(digest.update, piece) for piece in pieces]
+        for piece in pieces:
+            written = 0
+            while written < len(piece):
+                written += file.write(piece[written : written + WRITE])
+                _begin(file.fileno())
+        for part in hashed:
+            part.result()
+    return len(head) + end, digest.hexdigest()
 
 
 def _begin(handle: int) -> None:

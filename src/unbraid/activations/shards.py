@@ -1,8 +1,8 @@
 """Writing shards so that a killed run goes on after the last finished one.
 
 A shard is a safetensors file: the activations of each site, (n, d), as float32, float16, or int8 with one
-float32 scale a row, and the columns, (n,) int32. While rows are collected for one, a thread hashes and
-writes those that are there, and another waits until the shard before is on the disk.
+float32 scale a row, and the columns, (n,) int32. While rows are collected for one, a thread hashes the one
+before, writes it and waits for the disk.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from unbraid.activations.filling import COLUMNS, Filling
-from unbraid.activations.shardfile import PIECE, ShardFile
+from unbraid.activations.shardfile import write_tensors
 from unbraid.manifest.errors import IntegrityError, UserError
 from unbraid.manifest.files import becoming, settle, temporary_beside, write_json, writing
 from unbraid.manifest.identity import blake3_file
@@ -92,7 +92,7 @@ class Destination(Protocol):
 
 
 class ShardWriter:
-    """Collects rows and writes them shard by shard; memory is two shards.
+    """Collects rows and writes a shard whenever it is full; memory is two shards.
 
     `finished` rows lie on disk already when a partial folder is continued: the caller passes the rows from
     there on, and calls `skip` for those that finished shards hold. With `after`, another finished capture
@@ -119,14 +119,9 @@ class ShardWriter:
         self._before = [] if after is None else finished_of(after.file(FINISHED))
         self._open(settings)
         self._shards = [Filling(self.capacity, widths, settings["dtype"]) for _ in range(2)]
-        """The one that is being filled, and the one whose rest is being written."""
-        values = sum(widths.values()) * getattr(torch, settings["dtype"]).itemsize
-        self._piece = max(1, PIECE // values)
-        """Rows that are taken, and handed to the thread that writes, at a time."""
-        self._file: ShardFile | None = None
-        """Of the one that is being filled, as if it were to be full."""
+        """The one that is being filled, and the one that is being written."""
         self._threads = [ThreadPoolExecutor(1, f"unbraid-shards-{name}") for name in ("write", "settle")]
-        """One writes while the other waits until the shard before is on the disk."""
+        """One writes a shard while the other waits until the one before is on the disk."""
         self._written: Future[None] | None = None
         self._settled: Future[None] | None = None
         self._next = len(self.records)
@@ -206,14 +201,9 @@ class ShardWriter:
         done = 0
         while done < n:
             shard = self._shards[0]
-            if self._file is None:
-                path = self.folder / shard_name(self._next)
-                self._file = ShardFile(temporary_beside(path), shard.tensors(self.capacity))
-            for took in shard.take(values, columns, done, self._piece):
-                done += took
-                self.rows += took
-                if shard.filled < self.capacity:  # what fails now fails again in the end
-                    self._threads[0].submit(self._file.go_on, shard.filled)
+            took = shard.take(values, columns, done)
+            done += took
+            self.rows += took
             if shard.filled == self.capacity:
                 self._commit(digest)
 
@@ -292,8 +282,7 @@ class ShardWriter:
         self._wait()
         path = self.folder / shard_name(self._next)
         self._next += 1
-        self._written = self._threads[0].submit(self._write, path, self._shards[0], self._file, digest)
-        self._file = None
+        self._written = self._threads[0].submit(self._write, path, self._shards[0], digest)
         self._shards.reverse()
         self._shards[0].clear()
 
@@ -304,26 +293,18 @@ class ShardWriter:
     def _stop(self) -> None:
         for thread in self._threads:
             thread.shutdown()
-        if self._file is not None:
-            self._file.close()
-            self._file.path.unlink(missing_ok=True)
         self._documents.close()
 
-    def _write(self, path: Path, shard: Filling, file: ShardFile | None, digest: str) -> None:
-        """Write what is not yet written of a shard; `file` is its own where it had begun."""
+    def _write(self, path: Path, shard: Filling, digest: str) -> None:
         temporary = temporary_beside(path)
         with becoming(temporary, path):
-            if file is None or shard.filled < self.capacity:
-                if file is not None:  # its header says how many rows there would be
-                    file.close()
-                file = ShardFile(temporary, shard.tensors(shard.filled))
-            hashed = file.finish()
+            size, hashed = write_tensors(temporary, shard.tensors())
             if self._settled is not None:
                 self._settled.result()
         record = {
             "file": path.name,
             "rows": shard.filled,
-            "bytes": file.size,
+            "bytes": size,
             "blake3": hashed,
             "corpus": digest,
             "error": shard.error(),
