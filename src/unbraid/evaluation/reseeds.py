@@ -4,9 +4,9 @@ Runs share documents, so their spread alone says too little of what other docume
 of a mean over J runs is s² / J + c, with s² the runs' own variance and c the covariance of two runs. What two
 runs have in common is taken to be their test documents: c is what the documents in both tests put into it,
 with a run's number linearised in its documents. Probes and latents that come out alike because documents were
-fitted on twice are left out. Nadeau and Bengio 2003
-("Inference for the generalization error") take runs to differ in their test documents alone; with five runs
-that test on .35 of the documents this makes intervals 1.9 times as wide as Student's.
+fitted on twice are left out. Nadeau and Bengio 2003 ("Inference for the generalization error") take runs to
+differ in their test documents alone; with five runs that test on .35 of the documents this makes intervals
+1.9 times as wide as Student's.
 """
 
 from __future__ import annotations
