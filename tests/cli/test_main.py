@@ -14,13 +14,18 @@ from unbraid import cli
 from unbraid.manifest.errors import IntegrityError, UserError
 
 
+@dataclass(frozen=True)
+class Nothing:
+    """No options."""
+
+
 @pytest.fixture
 def verb(monkeypatch: pytest.MonkeyPatch):
-    """Add a verb `try` whose `run` is given by the test."""
+    """Add a verb `try` whose `run` and options are given by the test."""
 
-    def add(run) -> None:
+    def add(run, options=Nothing) -> None:
         module = types.ModuleType("unbraid_try")
-        module.run = run
+        module.run, module.Options = run, options
         monkeypatch.setitem(sys.modules, "unbraid_try", module)
         monkeypatch.setitem(cli.VERBS, "try", cli.Verb("unbraid_try", "try something"))
 
@@ -44,7 +49,7 @@ def verb(monkeypatch: pytest.MonkeyPatch):
 def test_every_error_is_one_line_with_its_exit_code(
     verb, capsys, error: BaseException, code: int, line: str
 ) -> None:
-    def run() -> None:
+    def run(_) -> None:
         raise error
 
     verb(run)
@@ -55,7 +60,7 @@ def test_every_error_is_one_line_with_its_exit_code(
 
 
 def test_the_traceback_can_be_seen(verb, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run() -> None:
+    def run(_) -> None:
         raise RuntimeError("deep down")
 
     verb(run)
@@ -66,14 +71,9 @@ def test_the_traceback_can_be_seen(verb, capsys, monkeypatch: pytest.MonkeyPatch
 
 def test_options_are_read_and_the_exit_code_is_what_run_returns(verb) -> None:
     seen = []
-
-    def run(width: int, json: bool = False) -> int:
-        seen.append((width, json))
-        return 3
-
-    verb(run)
+    verb(lambda options: seen.append(options) or 3, Train)
     assert cli.main(["try", "--width", "8", "--json"]) == 3
-    assert seen == [(8, True)]
+    assert seen == [Train(8, True)]
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,8 @@ class Train:
 
     width: int
     """How wide."""
+    json: bool = False
+    """Whether to print JSON."""
 
 
 @dataclass(frozen=True)
@@ -91,18 +93,35 @@ class Check:
 
 def test_a_verb_may_have_verbs_of_its_own(verb, capsys) -> None:
     seen = []
-    verb(seen.append)
-    sys.modules["unbraid_try"].Options = Train | Check
+    verb(seen.append, Train | Check)
     assert cli.main(["try", "train", "--width", "8"]) == 0
     assert cli.main(["try", "check"]) == 0
     assert seen == [Train(8), Check()]
     assert cli.main(["try"]) == 2
+    assert capsys.readouterr().err == (
+        "unbraid: Expected one of {train, check}; `unbraid try --help` shows the options\n"
+    )
 
 
-def test_wrong_options_exit_with_two(verb, capsys) -> None:
-    verb(lambda: None)
-    assert cli.main(["try", "--widht", "8"]) == 2
-    assert "--widht" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--widht", "8"], "Missing from unbraid try: --width INT; Unrecognized options: --widht 8"),
+        (["--width", "8", "no", "--where"], "Unrecognized options: no, --where"),
+        (["--width"], "Missing value for argument '--width'. Expected 1 values"),
+        (["--width", "x"], "Error parsing --width: invalid literal for int() with base 10: 'x'"),
+    ],
+)
+@pytest.mark.parametrize("columns", ["50", "200"])
+def test_wrong_options_are_one_line_and_exit_with_two(
+    verb, capsys, monkeypatch: pytest.MonkeyPatch, words: list[str], told: str, columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    verb(lambda _: None, Train)
+    assert cli.main(["try", *words]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == f"unbraid: {told}; `unbraid try --help` shows the options\n"
 
 
 def test_an_unknown_verb_is_named_with_the_nearest(capsys) -> None:
@@ -143,9 +162,9 @@ def test_help_starts_without_heavy_imports() -> None:
 @pytest.mark.parametrize("lines", [1, 100_000])
 def test_a_reader_that_leaves_is_no_crash(lines: int) -> None:
     code = (
-        "import sys, time, types; from unbraid import cli\n"
-        f"def run(): time.sleep(0.3); print('line\\n' * {lines})\n"
-        "sys.modules['m'] = types.SimpleNamespace(run=run)\n"
+        "import dataclasses, sys, time, types; from unbraid import cli\n"
+        f"def run(_): time.sleep(0.3); print('line\\n' * {lines})\n"
+        "sys.modules['m'] = types.SimpleNamespace(run=run, Options=dataclasses.make_dataclass('None_', []))\n"
         "cli.VERBS['try'] = cli.Verb('m', 'try')\n"
         "sys.exit(cli.main(['try']))\n"
     )

@@ -1,23 +1,26 @@
 """The command line: one file a verb.
 
 A verb is a module with `Options`, a frozen dataclass (a union of them for a verb with verbs of its own), and
-`run(options)`, whose result is the exit code (None is 0). A verb with few options may leave `Options` out and
-take them as typed arguments of `run`. To add a verb, write the module and add its line to `VERBS`. Nothing
-heavier than the standard library is imported before a verb is chosen.
+`run(options)`, whose result is the exit code (None is 0). To add a verb, write the module and add its line to
+`VERBS`. Nothing heavier than the standard library is imported before a verb is chosen.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
+import io
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from unbraid.manifest.errors import IntegrityError, UserError
 
 TRACEBACK = "UNBRAID_TRACEBACK"
+_HELP = 8
+"""Spaces before the help of an option in what tyro says of it."""
 
 
 class Verb(NamedTuple):
@@ -113,23 +116,42 @@ def _run(name: str, rest: list[str]) -> int:
 
     verb = VERBS[name]
     module = importlib.import_module(verb.module)
-    run: Callable[..., int | None] = module.run
-    options: Any = getattr(module, "Options", None)
+    said = io.StringIO()
     try:
-        read = tyro.cli(
-            options or run,
-            prog=f"unbraid {name}",
-            description=verb.help[0].upper() + verb.help[1:] + ".",
-            args=rest,
-            config=(
-                tyro.conf.OmitArgPrefixes,  # --model, not --options.model
-                tyro.conf.FlagCreatePairsOff,  # --json alone, no --no-json
-                tyro.conf.PositionalMetavarFromFieldName,
-            ),
-        )
-    except SystemExit as leaving:  # tyro has shown its help (0) or what is wrong with the options (2)
-        return leaving.code if isinstance(leaving.code, int) else 1
-    return (run(read) if options else read) or 0
+        with contextlib.redirect_stderr(said):
+            options = tyro.cli(
+                module.Options,
+                prog=f"unbraid {name}",
+                description=verb.help[0].upper() + verb.help[1:] + ".",
+                args=rest,
+                config=(
+                    tyro.conf.OmitArgPrefixes,  # --model, not --options.model
+                    tyro.conf.FlagCreatePairsOff,  # --json alone, no --no-json
+                    tyro.conf.PositionalMetavarFromFieldName,
+                ),
+            )
+    except SystemExit as leaving:  # tyro has shown its help (0) or said what is wrong with the options (2)
+        if leaving.code in (None, 0):
+            return 0
+        raise UserError(_sentence(said.getvalue(), f"unbraid {name}")) from None
+    sys.stderr.write(said.getvalue())
+    return module.run(options) or 0
+
+
+def _sentence(box: str, command: str) -> str:
+    """What tyro says in a box of several parts, in a line, without the help of the options that it names."""
+    parts, place = [""], f"`{command} --help` shows the options"
+    for line in box.splitlines()[1:]:  # below the title
+        inside = line[1:].rstrip("│ ")  # without its edges, which only some terminals get
+        text = inside.strip()
+        if text.startswith("For full helptext"):
+            break
+        if not text.strip("─-"):
+            parts.append("")  # a rule between two parts
+        elif len(inside) - len(text) < _HELP:
+            parts[-1] = f"{parts[-1]} {text}".lstrip()
+    told = [part.rstrip(".:") for part in parts if part and not part.startswith("Argument helptext")]
+    return "; ".join([*told, place])
 
 
 def _usage() -> str:
