@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import blake3
@@ -14,6 +15,8 @@ from safetensors.torch import load_file
 
 from unbraid.activations import shardfile
 from unbraid.activations.shardfile import places, write_tensors
+
+HASH = ThreadPoolExecutor(1)
 
 
 @given(
@@ -30,7 +33,7 @@ def test_the_library_reads_what_was_written(
 ) -> None:
     path = tmp_path_factory.mktemp("f") / "x.safetensors"
     tensors = {name: torch.arange(n * 3).view(n, 3).to(dtype) for name, (dtype, n) in kinds.items()}
-    size, digest = write_tensors(path, tensors)
+    size, digest = write_tensors(path, tensors, HASH)
     data = path.read_bytes()
     assert (size, digest) == (len(data), blake3.blake3(data).hexdigest())
     found = load_file(path)
@@ -51,7 +54,7 @@ def test_the_disk_begins_while_the_rest_is_written(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(shardfile, "_ASK", refuse)
     monkeypatch.setattr(shardfile, "WRITE", 1000)
-    size, digest = write_tensors(path, {"x": torch.arange(1200, dtype=torch.int32)})
+    size, digest = write_tensors(path, {"x": torch.arange(1200, dtype=torch.int32)}, HASH)
     data = path.read_bytes()
     assert (size, digest) == (len(data), blake3.blake3(data).hexdigest())
     assert len(there) == 1 + 5 and there == sorted(set(there)) and there[-1] == size

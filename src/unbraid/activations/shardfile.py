@@ -7,7 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -63,8 +63,9 @@ def places(path: Path) -> dict[str, Place]:
     return found
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
-    """Write contiguous tensors; returns the file's length and its BLAKE3, taken on the way.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], beside: Executor) -> tuple[int, str]:
+    """Write contiguous tensors; returns the file's length and its BLAKE3, taken on the way in `beside`'s one
+    thread.
 
     The library's own writer first copies everything into one piece of memory, and the file would have to be
     read again for its hash.
@@ -86,7 +87,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
     pieces = [memoryview(head), *(memory(tensor) for _, tensor in ordered)]
     digest = blake3()
     # Hashing takes as long as writing to the system's cache; neither holds the interpreter's lock.
-    with ThreadPoolExecutor(1, "unbraid-hash") as beside, path.open("wb", buffering=0) as file:
+    with path.open("wb", buffering=0) as file:
         hashed = [beside.submit(digest.update, piece) for piece in pieces]
         for piece in pieces:
             written = 0

@@ -120,8 +120,10 @@ class ShardWriter:
         self._open(settings)
         self._shards = [Filling(self.capacity, widths, settings["dtype"]) for _ in range(2)]
         """The one that is being filled, and the one that is being written."""
-        self._threads = [ThreadPoolExecutor(1, f"unbraid-shards-{name}") for name in ("write", "settle")]
-        """One writes a shard while the other waits until the one before is on the disk."""
+        self._threads = [
+            ThreadPoolExecutor(1, f"unbraid-shards-{name}") for name in ("write", "settle", "hash")
+        ]
+        """One writes a shard and one hashes it, while the third waits until the one before is on the disk."""
         self._written: Future[None] | None = None
         self._settled: Future[None] | None = None
         self._next = len(self.records)
@@ -298,7 +300,7 @@ class ShardWriter:
     def _write(self, path: Path, shard: Filling, digest: str) -> None:
         temporary = temporary_beside(path)
         with becoming(temporary, path):
-            size, hashed = write_tensors(temporary, shard.tensors())
+            size, hashed = write_tensors(temporary, shard.tensors(), self._threads[2])
             if self._settled is not None:
                 self._settled.result()
         record = {
