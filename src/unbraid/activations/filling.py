@@ -31,10 +31,10 @@ class Filling:
         """Begin anew."""
         self.filled = 0
         # By site sums of squares: of what rounding changed, and of the activations, whose sums come third.
-        self._lost = dict.fromkeys(self._sites, 0.0)
-        self._squares = dict.fromkeys(self._sites, 0.0)
+        sites = self._sites if self.rounded else {}
+        self._lost, self._squares = dict.fromkeys(sites, 0.0), dict.fromkeys(sites, 0.0)
         self._sums = {
-            site: torch.zeros(rows.values.shape[1], dtype=torch.float64) for site, rows in self._sites.items()
+            site: torch.zeros(rows.values.shape[1], dtype=torch.float64) for site, rows in sites.items()
         }
 
     def take(self, values: dict[str, Tensor], columns: dict[str, Tensor], start: int) -> int:
@@ -43,9 +43,10 @@ class Filling:
         for name, column in self._columns.items():
             column[self.filled : self.filled + n] = columns[name][start : start + n]
         for site, rows in self._sites.items():
-            lost, squares = rows.put(self.filled, values[site][start : start + n], self._sums[site])
-            self._lost[site] += lost
-            self._squares[site] += squares
+            lost, squares = rows.put(self.filled, values[site][start : start + n], self._sums.get(site))
+            if self.rounded:
+                self._lost[site] += lost
+                self._squares[site] += squares
         self.filled += n
         return n
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -226,6 +227,7 @@ def list_files(folder: Path) -> list[str]:
     return sorted(found)
 
 
+@functools.cache
 def _version() -> str:
     try:
         return importlib.metadata.version("unbraid")
