@@ -101,6 +101,10 @@ def test_a_verb_may_have_verbs_of_its_own(verb, capsys) -> None:
     assert capsys.readouterr().err == (
         "unbraid: Expected one of {train, check}; `unbraid try --help` shows the options\n"
     )
+    assert cli.main(["try", "train"]) == 2
+    assert capsys.readouterr().err == (
+        "unbraid: Missing from unbraid try train: --width INT; `unbraid try train --help` shows the options\n"
+    )
 
 
 @pytest.mark.parametrize(

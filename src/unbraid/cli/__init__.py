@@ -133,25 +133,23 @@ def _run(name: str, rest: list[str]) -> int:
     except SystemExit as leaving:  # tyro has shown its help (0) or said what is wrong with the options (2)
         if leaving.code in (None, 0):
             return 0
-        raise UserError(_sentence(said.getvalue(), f"unbraid {name}")) from None
+        raise UserError(_sentence(said.getvalue())) from None
     sys.stderr.write(said.getvalue())
     return module.run(options) or 0
 
 
-def _sentence(box: str, command: str) -> str:
+def _sentence(box: str) -> str:
     """What tyro says in a box of several parts, in a line, without the help of the options that it names."""
-    parts, place = [""], f"`{command} --help` shows the options"
+    parts = [""]
     for line in box.splitlines()[1:]:  # below the title
         inside = line[1:].rstrip("│ ")  # without its edges, which only some terminals get
         text = inside.strip()
-        if text.startswith("For full helptext"):
-            break
-        if not text.strip("─-"):
-            parts.append("")  # a rule between two parts
+        if not text.strip("─-╯"):
+            parts.append("")  # a rule between two parts, or the lower edge
         elif len(inside) - len(text) < _HELP:
             parts[-1] = f"{parts[-1]} {text}".lstrip()
-    told = [part.rstrip(".:") for part in parts if part and not part.startswith("Argument helptext")]
-    return "; ".join([*told, place])
+    *told, last = [part.rstrip(".:") for part in parts if part and not part.startswith("Argument helptext")]
+    return "; ".join([*told, f"`{last[last.index('unbraid') :]}` shows the options"])
 
 
 def _usage() -> str:
