@@ -3,11 +3,12 @@
     make bench NAME=capture JSON=out.json
     python benchmarks/capture.py --work overhead store --rounds 5     # a part of it
 
-overhead  one site against the same layers run without a hook: `read_sites` on the same batches, and all of
-          `capture`, which also checks and writes, on the same text, which both tokenise
+overhead  one site against the same layers run without a hook: `read_sites` on the same batches, one after the
+          other, and all of `capture`, which also checks and writes, on the same text, which both tokenise
 sites     six sites in one pass against the deepest of them alone, all of `capture`
 saelens   all of `capture`, and without a disk, against SAELens's ActivationsStore, which writes nothing, over
-          its wrapper of a Hugging Face model (`vs_saelens`) and its HookedTransformer (its default)
+          its wrapper of a Hugging Face model (`vs_saelens`) and its HookedTransformer (its default), with as
+          many contexts of one length
 packing   several documents in a row with an attention mask of their own, against batches by length
 store     against the Arrow cache that SAELens writes: the same rows written, both to the system's cache and
           both to the disk, and read in shuffled batches
@@ -107,16 +108,21 @@ def reading(lm: LanguageModel, site: Site, batches: Batches, *, packed: bool = F
     return lambda: timed(lambda: [read_sites(lm, *batch, [site], packed=packed) for batch in batches])
 
 
-def bare_passes(lm: LanguageModel, site: Site, batches: Batches) -> Callable[[], float]:
-    """A job that runs the layers up to a site, and nothing else, on the same inputs."""
+def by_batch(lm: LanguageModel, site: Site, batches: Batches, rounds: int) -> dict[str, list[float]]:
+    """Seconds of every batch through the layers up to a site by themselves, and by `read_sites` right before
+    or after: an odd batch takes a fifth longer, with either, depending on where its memory lies."""
     stack = bare_stack(lm, site, batches)
-
-    @torch.no_grad()
-    def job() -> float:
-        ready = [lm.inputs(*batch) for batch in batches]
-        return timed(lambda: [stack(**inputs, use_cache=False) for inputs in ready])
-
-    return job
+    bare = torch.no_grad()(lambda inputs: stack(**inputs, use_cache=False))
+    taken: dict[str, list[float]] = {"bare": [], "read_sites": []}
+    for batch in batches:
+        inputs = lm.inputs(*batch)
+        jobs = {
+            "bare": lambda inputs=inputs: timed(lambda: bare(inputs)),
+            "read_sites": reading(lm, site, [batch]),
+        }
+        for name, seconds in turns(jobs, rounds).items():
+            taken[name] += seconds
+    return taken
 
 
 def bare_from_text(at: Subject, site: Site, batches: Batches) -> Callable[[], float]:
@@ -148,9 +154,8 @@ def overhead(found: Result, given: argparse.Namespace, folder: Path) -> None:
         site = resid_post(at.layer)
         batches = subjects.padded(subjects.planned(at.lm, at.documents, at.tokens), at.lm.pad_id)
         found.row(f"{name}_padding", padding(batches, at.tokens), "share")
+        passes = by_batch(at.lm, site, batches, given.rounds)
         jobs = {
-            "bare": bare_passes(at.lm, site, batches),
-            "read_sites": reading(at.lm, site, batches),
             "bare_from_text": bare_from_text(at, site, batches),
             "capture": capturing(at.lm, at.documents, [site], at.tokens, folder),
         }
@@ -158,7 +163,7 @@ def overhead(found: Result, given: argparse.Namespace, folder: Path) -> None:
         found.rates(name, at.tokens, taken)
         outside = [beside(jobs["capture"]) for _ in range(given.rounds)]
         found.row(f"{name}_capture_beside_read_sites", *middle(outside))
-        found.ratio(f"{name}_read_sites_overhead", taken["read_sites"], taken["bare"])
+        found.ratio(f"{name}_read_sites_overhead", passes["read_sites"], passes["bare"])
         key = "capture_overhead" if name == "big" else f"capture_overhead_{name}"
         found.ratio(key, taken["capture"], taken["bare_from_text"])
 
@@ -217,8 +222,10 @@ def against_saelens(found: Result, given: argparse.Namespace, folder: Path) -> N
     """All of our capture, in every precision, and SAELens's store over both of its kinds of model."""
     import saelens_store as peer
 
-    lm, layer, documents = subjects.big(given.hidden, given.layers), given.layers // 2, subjects.wiki()
-    site, texts = resid_post(layer), [document.text or "" for document in documents]
+    lm, layer = subjects.big(given.hidden, given.layers), given.layers // 2
+    site, texts = resid_post(layer), [document.text or "" for document in subjects.wiki()]
+    # Full contexts, as its store makes them, and about as much text as it takes from its own.
+    documents = [Document.of_text("\n".join(texts)[: 6 * given.turn], id="all")]
     calls = given.turn // (peer.SEQUENCES * CONTEXT)
     # Its wrapper leaves hooks on the model, which ours must not run through.
     models = {
@@ -315,6 +322,7 @@ def main() -> None:
     }
     for name, value in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--rows", type=int, default=1_048_576, help="written and read by store")
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
     parser.add_argument("--subjects", nargs="+", choices=("big", "real"), default=("big", "real"))
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS, help="of saelens")
@@ -331,7 +339,7 @@ def main() -> None:
         "sites": lambda folder: six_sites(found, given, folder),
         "saelens": lambda folder: against_saelens(found, given, folder),
         "packing": lambda _: packing(found, given),
-        "store": lambda folder: against_arrow(found, given.rounds, folder),
+        "store": lambda folder: against_arrow(found, given.rounds, given.rows, folder),
         "quality": lambda folder: quality(found, folder, given.seeds, given.train_tokens, given.steps),
         "memory": lambda folder: memory(found, folder, given.tokens),
     }

@@ -30,15 +30,15 @@ from unbraid.manifest.files import building
 from unbraid.manifest.record import write_manifest
 from unbraid.model.sites import Site
 
-D, ROWS, SHARD = 512, 262_144, 32_768
-"""Of the store's rows: their width, how many, and how many in a file."""
+D, SHARD = 512, 32_768
+"""Of the store's rows: their width, and how many in a file."""
 READ = 4096
 """Rows in a shuffled batch."""
 
 
-def rows_to_store(seed: int = 0) -> torch.Tensor:
-    """Rows (ROWS, D) in float32, as a model gives them."""
-    return torch.from_numpy(synthetic(ROWS, D, 4 * D, seed))
+def rows_to_store(rows: int, seed: int = 0) -> torch.Tensor:
+    """Rows (rows, D) in float32, as a model gives them."""
+    return torch.from_numpy(synthetic(rows, D, 4 * D, seed))
 
 
 def write_store(folder: Path, x: torch.Tensor, dtype: Stored = "float16") -> None:
@@ -100,17 +100,17 @@ Stream = Callable[[], Iterator[torch.Tensor]]
 """Begins an endless stream of shuffled batches."""
 
 
-def draw(stream: Iterator[torch.Tensor]) -> float:
-    """Seconds that the next ROWS rows take in batches, of each of which a number is looked at."""
-    return timed(lambda: [float(batch[0, 0]) for batch in islice(stream, ROWS // READ)])
+def draw(stream: Iterator[torch.Tensor], rows: int) -> float:
+    """Seconds that the next rows take in batches, of each of which a number is looked at."""
+    return timed(lambda: [float(batch[0, 0]) for batch in islice(stream, rows // READ)])
 
 
-def cold(begin: Stream, folder: Path) -> Callable[[], float]:
+def cold(begin: Stream, rows: int, folder: Path) -> Callable[[], float]:
     """A job that draws from a new stream over files that are in no cache of this system."""
 
     def job() -> float:
         size, before = forget(folder), fetched()
-        seconds = draw(begin())
+        seconds = draw(begin(), rows)
         if fetched() - before < 0.8 * size:
             raise SystemExit(f"{folder}: only {fetched() - before:,} of {size:,} bytes came from storage")
         return seconds
@@ -118,11 +118,11 @@ def cold(begin: Stream, folder: Path) -> Callable[[], float]:
     return job
 
 
-def against_arrow(found: Result, rounds: int, folder: Path) -> None:
+def against_arrow(found: Result, rounds: int, rows: int, folder: Path) -> None:
     """Writing and reading the same rows."""
     import saelens_store as peer
 
-    x, hook, sequences = rows_to_store(), "blocks.0.hook_resid_post", SHARD // CONTEXT
+    x, hook, sequences = rows_to_store(rows), "blocks.0.hook_resid_post", SHARD // CONTEXT
     ours, small, theirs = folder / "ours", folder / "small", folder / "theirs"
 
     def fresh(path: Path, write: Callable[[], None]) -> Callable[[], float]:
@@ -147,7 +147,7 @@ def against_arrow(found: Result, rounds: int, folder: Path) -> None:
         },
         rounds,
     )
-    found.rates("store", ROWS, taken)
+    found.rates("store", rows, taken)
     for where in ("", "_to_disk"):
         for kind in ("", "_int8"):
             name = f"store{kind}_write{where}_vs_arrow"
@@ -155,7 +155,7 @@ def against_arrow(found: Result, rounds: int, folder: Path) -> None:
     store, rounded = ActivationStore(ours), ActivationStore(small)
     for name, path in (("unbraid", ours), ("arrow", theirs)):
         size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-        found.row(f"{name}_bytes_a_token", size / ROWS, "bytes")
+        found.row(f"{name}_bytes_a_token", size / rows, "bytes")
 
     # Its default mixes 20 contexts; 512 are as many rows as our buffer has.
     begin: dict[str, Stream] = {
@@ -165,9 +165,9 @@ def against_arrow(found: Result, rounds: int, folder: Path) -> None:
         "arrow_512": lambda: peer.read_cache(theirs, hook, D, CONTEXT, 512),
     }
     streams = {name: stream() for name, stream in begin.items()}
-    warm = {f"{name}_read_warm": lambda s=stream: draw(s) for name, stream in streams.items()}
+    warm = {f"{name}_read_warm": lambda s=stream: draw(s, rows) for name, stream in streams.items()}
     taken = turns(warm, rounds)
-    found.rates("store", ROWS, taken)
+    found.rates("store", rows, taken)
     found.ratio("store_read_warm_vs_arrow", taken["arrow_read_warm"], taken["unbraid_read_warm"])
     found.ratio(
         "store_read_warm_vs_arrow_mixed_as_ours", taken["arrow_512_read_warm"], taken["unbraid_read_warm"]
@@ -175,8 +175,10 @@ def against_arrow(found: Result, rounds: int, folder: Path) -> None:
     warm.clear()
     streams.clear()
     folders = {"unbraid": ours, "unbraid_int8": small, "arrow": theirs}
-    taken = turns({f"{name}_read_cold": cold(begin[name], path) for name, path in folders.items()}, rounds)
-    found.rates("store", ROWS, taken)
+    taken = turns(
+        {f"{name}_read_cold": cold(begin[name], rows, path) for name, path in folders.items()}, rounds
+    )
+    found.rates("store", rows, taken)
     found.ratio("store_read_cold_vs_arrow", taken["arrow_read_cold"], taken["unbraid_read_cold"])
     found.ratio("store_int8_read_cold_vs_arrow", taken["arrow_read_cold"], taken["unbraid_int8_read_cold"])
     int8_error(found, folder)

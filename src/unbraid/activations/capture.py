@@ -33,6 +33,7 @@ from unbraid.manifest.progress import Progress
 from unbraid.manifest.record import write_manifest
 from unbraid.manifest.remote import is_url
 from unbraid.model.load import LanguageModel
+from unbraid.model.pages import kept_pages
 
 
 def capture(
@@ -90,7 +91,8 @@ def capture(
             norms, finished = None if earlier is None else earlier.norms, writer.finished - writer.before
             times = config.skip_norm_above
             limit = None if times is None else NormLimit(folder, times, max(finished, 0), norms)
-            _run(lm, plan, config, writer, limit, space, progress)
+            with kept_pages(lm.device):
+                _run(lm, plan, config, writer, limit, space, progress)
         except BaseException as error:
             writer.abandon(clear=isinstance(error, UserError))
             if isinstance(error, UserError) and not writer.begun:
