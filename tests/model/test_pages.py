@@ -19,7 +19,7 @@ SIZE = 48 << 20
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(4):
+    for _ in range(8):
         torch.ones(SIZE // 4)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
@@ -39,34 +39,37 @@ print(*found, SIZE // resource.getpagesize())
 def test_a_block_is_mapped_once_while_pages_are_kept_and_every_time_otherwise() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
     before, inside, after, other_device, again, one = map(int, done.stdout.split())
-    if before < 2 * one:
+    if before < 6 * one:
         pytest.skip("this system maps more than a page at a time")
-    assert inside < one / 10
+    assert inside < 3 * one
     for outside in (after, other_device, again):
-        assert outside > 2 * one
+        assert outside > 6 * one
 
 
 def test_thresholds_return_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[int, ...]] = []
+    calls: list[tuple[str, int, int]] = []
 
     class Library:
         """A C library that keeps what it is told."""
 
-        def mallopt(self, *given: int) -> int:
-            calls.append(given)
+        def mallopt(self, option: int, value: int) -> int:
+            calls.append(("mallopt", option, value))
             return 1
 
-        def malloc_trim(self, *given: int) -> int:
-            calls.append(given)
+        def malloc_trim(self, pad: int) -> int:
+            calls.append(("malloc_trim", 0, pad))
             return 1
 
     monkeypatch.setattr(pages.sys, "platform", "linux")
     monkeypatch.setattr(pages.ctypes, "CDLL", lambda _: Library())
     with pytest.raises(ValueError, match="inside"), pages.kept_pages(torch.device("cpu")):
         raise ValueError("inside")
-    assert [value for _, value in calls[:2]] == [pages.KEPT] * 2
-    assert dict(calls[2:4]) == {-3: 32 << 20, -1: 64 << 20}
-    assert calls[4:] == [(0,)]
+    assert calls == [
+        *(("mallopt", threshold, pages.KEPT) for threshold in (-3, -1)),
+        ("mallopt", -3, 32 << 20),
+        ("mallopt", -1, 64 << 20),
+        ("malloc_trim", 0, 0),
+    ]
 
 
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

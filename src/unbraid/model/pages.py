@@ -1,8 +1,9 @@
 """Memory between two passes of a model on the processor: kept, where glibc would hand it back each time.
 
-Every layer allocates tensors of tens of megabytes and frees them. glibc takes such blocks from the system one
-by one (`mmap`) and returns them at once, so that the system has to clear and map each of their pages anew, for
-every operation: up to a third of a forward pass (benchmarks/RESULTS.md, "capture"). See mallopt(3).
+Every layer allocates tensors of tens of megabytes and frees them. glibc takes such blocks from the system by
+themselves (`mmap`) and returns them at once, so that the system has to clear and map all of their pages
+again, for every operation: up to a third of a forward pass (benchmarks/RESULTS.md, "capture"). See
+mallopt(3).
 """
 
 from __future__ import annotations
