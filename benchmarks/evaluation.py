@@ -24,6 +24,8 @@ import json
 import resource
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +94,15 @@ def windows_of(lm: LanguageModel, tokens: int) -> tuple[torch.Tensor, list[Docum
     return torch.tensor(found), documents
 
 
-def start(lm: LanguageModel, site: Site, width: int, k: int, windows: torch.Tensor) -> SAE:
-    """An autoencoder as training starts."""
-    x = read_sites(lm, windows[:8], torch.ones_like(windows[:8]), [site])[site].flatten(0, 1).float()
-    config = SAEConfig("topk", lm.d_in, width, k, site=str(site), model_name=lm.name, model_id=lm.id)
-    return untrained(build(config), x, 0)
+def subject(given: argparse.Namespace) -> tuple[LanguageModel, SAE]:
+    """The model, and an autoencoder of a site as training starts."""
+    lm, site = subjects.real(name=given.model), Site(given.layer, "resid_post")
+    windows, _ = windows_of(lm, 8 * CONTEXT)
+    x = read_sites(lm, windows, torch.ones_like(windows), [site])[site].flatten(0, 1).float()
+    config = SAEConfig(
+        "topk", lm.d_in, given.width, given.k, site=str(site), model_name=lm.name, model_id=lm.id
+    )
+    return lm, untrained(build(config), x, 0)
 
 
 def main() -> None:
@@ -109,6 +115,9 @@ def main() -> None:
     parser.add_argument("--model", default="tinystories-chat-3m", help="of the shared models")
     parser.add_argument("--full", type=int, default=0, help="tokens of one whole evaluation, timed alone")
     parser.add_argument(
+        "--memory", type=int, nargs="+", help="tokens of evaluations in processes of their own"
+    )
+    parser.add_argument(
         "--same-attention", action="store_true", help="SAELens on the model as unbraid loads it, too"
     )
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
@@ -116,11 +125,11 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     clock[0] = CLOCKS[given.clock]
-    lm = subjects.real(name=given.model)
-    site = Site(given.layer, "resid_post")
+    lm, sae = subject(given)
     windows, documents = windows_of(lm, given.tokens)
-    sae = start(lm, site, given.width, given.k, windows)
     found, last = Result(), {}
+    if given.memory:
+        memory(found, given)
     if given.full:
         full(found, lm, sae, given.full)
     if given.rounds:
@@ -185,18 +194,36 @@ def peer(lm: LanguageModel, sae: SAE, layer: int, model: Any) -> tuple[Any, Any]
 
 
 def full(found: Result, lm: LanguageModel, sae: SAE, tokens: int) -> None:
-    """One whole evaluation, by itself and beside all references as `unbraid evaluate` has it, and how far
-    resident memory went up from a tenth of it to all."""
+    """One whole evaluation, by itself and beside all references as `unbraid evaluate` has it."""
     for beside, references in (("", ()), ("_with_references", REFERENCES)):
-        evaluate(sae, lm, subjects.stories(), tokens=tokens // 10, references=references)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         seconds = timed(
             lambda r=references: evaluate(sae, lm, subjects.stories(), tokens=tokens, references=r)
         )
-        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         found.row(f"full{beside}_seconds", seconds, "s")
-        found.row(f"full{beside}_peak_memory", after / 1024, "MB")
-        found.row(f"full{beside}_peak_memory_over_a_tenth", (after - before) / 1024, "MB")
+
+
+def memory(found: Result, given: argparse.Namespace) -> None:
+    """Resident memory at the peak of evaluations of growing size, beyond what the process held before."""
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as each_in_its_own:
+        for tokens in given.memory:
+            before, peak = each_in_its_own.submit(held, given, tokens).result()
+            found.row(f"memory_{tokens}_before", before, "MB")
+            found.row(f"memory_{tokens}_added", peak - before, "MB")
+
+
+def held(given: argparse.Namespace, tokens: int) -> tuple[float, float]:
+    """Resident memory, MB, before an evaluation and at its peak, in a process of its own."""
+    torch.set_num_threads(given.threads)
+    lm, sae = subject(given)
+    documents = subjects.stories("train")
+    before = peak()
+    evaluate(sae, lm, documents, tokens=tokens)
+    return before, peak()
+
+
+def peak() -> float:
+    """This process's resident memory at its highest, MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":

@@ -22,10 +22,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import subjects
 import torch
 
-from evaluation import CONTEXT, SEQUENCES, Given, loaded, start, windows_of
+from evaluation import CONTEXT, SEQUENCES, Given, loaded, subject, windows_of
 from unbraid.activations.documents import Document
 from unbraid.evaluation.evaluate import evaluate
 from unbraid.evaluation.labelled import Reading, read_tokens, split_documents
@@ -94,9 +93,8 @@ def main() -> None:
     from sae_bench.evals.core.main import run_evals
     from transformer_lens.model_bridge import TransformerBridge
 
-    lm = subjects.real(name=given.model)
+    lm, sae = subject(given)
     windows, documents = windows_of(lm, given.tokens)
-    sae = start(lm, Site(given.layer, "resid_post"), given.width, given.k, windows)
     bridge: Any = TransformerBridge.boot_transformers(
         given.model, hf_model=loaded(given.model), tokenizer=lm.tokenizer, device="cpu"
     )

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from unbraid.activations.corpus import read_corpus
 from unbraid.activations.documents import Document
 from unbraid.activations.text import tokenise
+from unbraid.evaluation import evaluate as evaluation
 from unbraid.evaluation.evaluate import DEFINITIONS, Evaluation, evaluate, evaluate_all
 from unbraid.evaluation.reading import _lead
 from unbraid.evaluation.report import table
@@ -181,6 +182,17 @@ def test_the_first_token_s_model_state_is_shared_only_where_rows_begin_alike(lm:
     later = batch.chosen.clone()
     later[1, int(batch.chosen[1].int().argmax())] = False
     assert _lead(replace(batch, chosen=later)) is None
+
+
+def test_freed_memory_goes_back_every_few_batches(
+    sae: SAE, lm: LanguageModel, documents: list[Document], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(evaluation, "give_back", lambda: calls.append(1))
+    read = read_corpus(lm, documents, tokens=None, context=32, positions="all", batch_tokens=64)
+    evaluate(sae, lm, documents, context=32, batch_tokens=64)
+    assert len(read.batches) > evaluation.GIVE_BACK_EVERY
+    assert len(calls) >= len(read.batches) // (2 * evaluation.GIVE_BACK_EVERY)
 
 
 def test_what_is_not_finite_is_named(sae: SAE, lm: LanguageModel, documents: list[Document]) -> None:

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from unbraid.activations.documents import Document
@@ -76,7 +78,7 @@ def read_corpus(
                 break
             window, count = _cut(window, positions, None if tokens is None else tokens - total)
             if count:
-                rows.append(_Row(window, len(digests), total))
+                rows.append(_Row.of(window, positions, len(digests), total))
                 digest.update(repr(window.input_ids).encode())
                 total += count
         if total > before:
@@ -89,17 +91,31 @@ def read_corpus(
     order = sorted(range(len(digests)), key=digests.__getitem__)
     units = {document: place % BLOCKS for place, document in enumerate(order)}
     if by_length:
-        rows.sort(key=lambda row: -len(row.window.input_ids))
-    batches = (_batch(group, units, lm.pad_id, positions) for group in _groups(rows, batch_tokens))
+        rows.sort(key=lambda row: -len(row.ids))
+    batches = (_batch(group, units, lm.pad_id) for group in _groups(rows, batch_tokens))
     return Corpus(tuple(batches), total, len(digests))
 
 
 class _Row(NamedTuple):
-    """A window, the number of its document, and how many chosen tokens stand before it."""
+    """A window, the number of its document, and how many chosen tokens stand before it.
 
-    window: TokenisedDocument
+    As arrays: tuples of Python's integers would take twenty times the memory, and all rows are held at once.
+    """
+
+    ids: NDArray[np.int32]
+    chosen: NDArray[np.bool_]
+    plain: NDArray[np.bool_]
+    """Neither BOS, EOS nor PAD."""
     document: int
     first: int
+
+    @classmethod
+    def of(cls, window: TokenisedDocument, positions: Positions, document: int, first: int) -> _Row:
+        """A tokenised window."""
+        plain = ~np.array(window.special_mask, dtype=np.bool_)
+        return cls(
+            np.array(window.input_ids, dtype=np.int32), window.captured(positions), plain, document, first
+        )
 
 
 def _groups(rows: list[_Row], batch_tokens: int) -> Iterator[list[_Row]]:
@@ -107,7 +123,7 @@ def _groups(rows: list[_Row], batch_tokens: int) -> Iterator[list[_Row]]:
     waiting: list[_Row] = []
     longest = 0
     for row in rows:
-        length = len(row.window.input_ids)
+        length = len(row.ids)
         if waiting and max(longest, length) * (len(waiting) + 1) > batch_tokens:
             yield waiting
             waiting, longest = [], 0
@@ -126,16 +142,16 @@ def _cut(window: TokenisedDocument, positions: Positions, left: int | None) -> t
     return window.until(end), left
 
 
-def _batch(rows: list[_Row], units: dict[int, int], pad_id: int, positions: Positions) -> Batch:
-    length = max(len(row.window.input_ids) for row in rows)
+def _batch(rows: list[_Row], units: dict[int, int], pad_id: int) -> Batch:
+    length = max(len(row.ids) for row in rows)
     ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
     real, chosen, plain = (torch.zeros(len(rows), length, dtype=torch.bool) for _ in range(3))
-    for i, (window, _, _) in enumerate(rows):
-        end = len(window.input_ids)
-        ids[i, :end] = torch.tensor(window.input_ids)
+    for i, row in enumerate(rows):
+        end = len(row.ids)
+        ids[i, :end] = torch.from_numpy(row.ids)
         real[i, :end] = True
-        chosen[i, :end] = torch.from_numpy(window.captured(positions))
-        plain[i, :end] = ~torch.tensor(window.special_mask)
+        chosen[i, :end] = torch.from_numpy(row.chosen)
+        plain[i, :end] = torch.from_numpy(row.plain)
     blocks = torch.tensor([units[row.document] for row in rows])
     first = torch.tensor([row.first for row in rows])
     return Batch(ids, real.long(), chosen, plain[:, :-1] & plain[:, 1:], blocks, first)

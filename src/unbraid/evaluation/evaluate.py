@@ -30,6 +30,7 @@ from unbraid.evaluation.scoring import States, score
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.progress import Progress
 from unbraid.model.load import LanguageModel
+from unbraid.model.pages import give_back
 from unbraid.model.sites import Site
 from unbraid.sae.base import SAE
 from unbraid.stats.bootstrap import Interval
@@ -43,6 +44,8 @@ DEFINITIONS: Mapping[str, Definition] = {
 }
 """Every metric that `evaluate` measures."""
 Metrics = dict[str, "Interval | Undefined"]
+GIVE_BACK_EVERY = 8
+"""Batches after which freed memory goes back to the system, so that memory does not grow with the text."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,6 +292,8 @@ def _measure(
             values = score(place.tail, states[at], batch.input_ids[:, 1:].T[batch.scored.T], others)
             _check_scores(values, lm, subjects)
             behaved.add(values, batch.blocks[scored(batch)[0]])
+        if number % GIVE_BACK_EVERY == 0:
+            give_back()
         progress(number + 1, len(batches), "measuring")
     result: list[_Measured] = []
     for i, subject in enumerate(subjects):

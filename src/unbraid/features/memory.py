@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from typing import Any, TypeVar
 
 import pyarrow as pa
 from numpy.typing import NDArray
+
+from unbraid.model import pages
 
 Array = TypeVar("Array", bound=NDArray[Any])
 
@@ -26,5 +26,4 @@ def give_back() -> None:
     They would keep the holes between what lives long, and there would be more of them as a pass goes on.
     """
     pa.default_memory_pool().release_unused()
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)
+    pages.give_back()

@@ -24,6 +24,20 @@ _USUAL = {_MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
 """Where glibc's own thresholds, which rise with what is freed, come to rest in a process that runs models."""
 
 
+def _library() -> Any:
+    """The C library; None but on Linux."""
+    return ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def give_back() -> None:
+    """Let glibc return what was freed to the system, also from between what lives on.
+
+    A long pass calls it now and then: there would be more such holes the longer it goes on.
+    """
+    if trim := getattr(_library(), "malloc_trim", None):
+        trim(0)
+
+
 @contextmanager
 def kept_pages(device: torch.device) -> Generator[None]:
     """While open, freed memory stays with this process, up to `KEPT` beyond what was in use at once.
@@ -31,10 +45,8 @@ def kept_pages(device: torch.device) -> Generator[None]:
     For the whole process, threads and all; it goes back at the end. Does nothing for other devices than the
     processor, nor where the C library is not glibc.
     """
-    library = ctypes.CDLL(None) if sys.platform == "linux" and device.type == "cpu" else None
-    option: Any = getattr(library, "mallopt", None)
-    trim: Any = getattr(library, "malloc_trim", None)
-    if option is None or trim is None:
+    option: Any = getattr(_library(), "mallopt", None) if device.type == "cpu" else None
+    if option is None:
         yield
         return
     for threshold in _USUAL:
@@ -44,4 +56,4 @@ def kept_pages(device: torch.device) -> Generator[None]:
     finally:
         for threshold, usual in _USUAL.items():
             option(threshold, usual)
-        trim(0)
+        give_back()
