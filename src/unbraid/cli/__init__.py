@@ -114,6 +114,8 @@ def _run(name: str, rest: list[str]) -> int:
     """Read a verb's options with tyro and run it."""
     import tyro
 
+    from unbraid.cli.repeated import together
+
     verb = VERBS[name]
     module = importlib.import_module(verb.module)
     said = io.StringIO()
@@ -123,7 +125,7 @@ def _run(name: str, rest: list[str]) -> int:
                 module.Options,
                 prog=f"unbraid {name}",
                 description=verb.help[0].upper() + verb.help[1:] + ".",
-                args=rest,
+                args=together(rest, module.Options),
                 config=(
                     tyro.conf.OmitArgPrefixes,  # --model, not --options.model
                     tyro.conf.FlagCreatePairsOff,  # --json alone, no --no-json
