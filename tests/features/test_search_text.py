@@ -74,14 +74,15 @@ def test_places_rank_first_and_firings_within_them(search: Search) -> None:
 def test_words_are_whole_although_tokens_are_pieces(search: Search) -> None:
     assert latents(search, "ref") == latents(search, "und") == []
     assert set(latents(search, "ref*")) == {0, 1, 2, 3, 7, 9}
-    assert word_at("the on", "ion", "s are") == "onions"
-    assert word_at("ends.", " The", "re is") == " There"
-    assert word_at("a", "!", "b") == "!" and word_at("", "", "") == ""
+    assert word_at("the on", "ion", "s are") == ("onions", "the onions are")
+    assert word_at("ends.", " The", "re is so") == ("There", "ends. There is")
+    assert word_at("one a", "!", "b two") == ("!", "a!b") and word_at("", "", "") == ("", "")
 
 
 def test_all_words_must_stand_there_and_phrases_together(search: Search) -> None:
     assert latents(search, "red ball") == [1, 0, 3, 2]
-    assert latents(search, '"red ball"') == [1, 0, 3, 2] and latents(search, '"ball red"') == []
+    assert found(search, '"red ball"') == [(3, 3), (2, 3), (1, 1), (0, 1)]
+    assert latents(search, '"ball red"') == []
     assert latents(search, "pan ball") == [0, 3, 2] and latents(search, '"ball one"') == []
 
 
@@ -134,6 +135,32 @@ def test_a_common_word_beside_a_rare_one_is_not_asked_for(
     search = Search(handmade(tmp_path / "index", passages, [Made([(n, 1, 1.0)]) for n in range(20)]))
     assert latents(search, "the thing7") == [7] and len(latents(search, "the")) == 20
     assert latents(search, "thing7 the thing8") == []
+
+
+def test_a_latent_of_many_words_is_found_by_each(tmp_path: Path) -> None:
+    # Its five strongest firings are on one word, and 15 weaker ones on five others, of which one is a piece.
+    words = [" head", " rash", " cough", " fever", " cold"]
+    passages = [*([" my", " ache"] for _ in range(5)), *([" a", w, "ache"] for w in words for _ in range(3))]
+    fires = [(n, 1, 20.0 - n) for n in range(20)]
+    search = Search(
+        handmade(tmp_path / "index", [*passages, [" oh", " dear"]], [Made(fires), Made([(20, 1, 1.0)])])
+    )
+    assert found(search, "ache") == [(0, 4)]
+    for word in ("headache", "rashache", "coughache", "feverache", "coldache"):
+        assert found(search, word) == [(0, 3)]
+    assert found(search, "dear") == [(1, 3)] and found(search, "head") == []
+
+
+def test_a_phrase_is_what_a_latent_fires_on_where_it_fires_within(tmp_path: Path) -> None:
+    # 0 fires in the middle of "hi there you", 1 beside it, and more often; 2 on "hi" elsewhere.
+    passages = [[" well", " hi", " there", " you", " old", " man"], [" oh", " hi"]]
+    latents = [Made([(0, 2, 1.0)]), Made([(0, 4, 1.0), (0, 5, 0.5)]), Made([(1, 1, 1.0)])]
+    search = Search(handmade(tmp_path / "index", passages, latents))
+    assert [(hit.latent, hit.why) for hit in search.text('"hi there"')] == [
+        (0, "fires within it"), (1, "stands in its examples"),
+    ]  # fmt: skip
+    assert found(search, '"hi there you"') == [(0, 3), (1, 1)] == found(search, '"hi there" "there you"')
+    assert found(search, "hi") == [(2, 3), (1, 1), (0, 1)]
 
 
 def test_those_that_fire_most_come_first_whichever_table_they_are_in(tmp_path: Path) -> None:

@@ -31,11 +31,14 @@ from unbraid.manifest.errors import UserError
 from unbraid.manifest.files import writing
 from unbraid.manifest.progress import Progress
 
-SCHEMA = 2
+SCHEMA = 3
 EXAMPLES = 5
 """Strongest examples of a latent whose text can be searched."""
 REACH = 10
 """Tokens on either side of a firing whose text can be searched."""
+OFTEN = 2
+"""Of all stored examples, so many have to be of one token for its word to be one that the latent fires on.
+The strongest firings alone are of a few words, also where it fires on many."""
 MOSTLY = 3
 """Of these examples, so many have to fire on the same word for a latent to fire mostly on it."""
 CANDIDATES = 20_000
@@ -54,8 +57,10 @@ MOST_TERMS = 32
 _UNSPACED = re.compile(
     r"([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])"
 )
+_PHRASE = re.compile(r"\w\W+\w")
 _TERM = re.compile(r'"([^"]*)"?|(\S+)')
 _WORD = re.compile(r"\w")
+_LEFT, _RIGHT = re.compile(r"\w+\W*\Z"), re.compile(r"\W*\w+")
 _BEFORE, _AFTER = re.compile(r"\w*\Z"), re.compile(r"\w*")
 
 
@@ -66,7 +71,7 @@ class Match:
     latent: int
     """Number of the latent."""
     place: int
-    """Where: 4 mostly fires on it, 3 fires on it, 2 promotes it, 1 it stands in its examples."""
+    """Where: 4 mostly fires on it, 3 fires on it or within it, 2 promotes it, 1 it stands in its examples."""
     why: str
     """The same in words."""
 
@@ -76,6 +81,7 @@ _AROUND = tuple(f"around{number}" for number in range(len(TABLES)))
 _PLACES = (
     (4, ("said",), "mostly", "fires mostly on it"),
     (3, ("said",), "fires", "fires on it"),
+    (3, ("said",), "within", "fires within it"),
     (2, ("said",), "promoted", "promotes it"),
     (1, _AROUND, "examples", "stands in its examples"),
 )
@@ -141,6 +147,8 @@ class TextIndex:
         for place, table, column, why in ((p, t, *rest) for p, tables, *rest in _PLACES for t in tables):
             if not wanted or len(found) >= limit:
                 break
+            if column == "within" and not all(_PHRASE.search(term) for term in wanted):
+                continue
             if table in _AROUND:
                 wanted = [term for term in wanted if term.casefold() not in self._common] or wanted
             expression = f"{{{column}}} : ({' AND '.join(wanted)})"
@@ -181,9 +189,9 @@ def _fill(index: Index, path: Path, progress: Progress | None) -> None:
         rank = np.empty(len(counts), np.int64)
         rank[np.argsort(-counts, kind="stable")] = np.arange(len(counts))
         table = np.searchsorted(len(counts) * np.array(TABLES), rank, side="right")
-        for latent, mostly, fires, promoted, examples in Texts(index):
-            if mostly or fires or promoted:
-                connection.execute(_SAID, (latent, mostly, fires, promoted))
+        for latent, *said, examples in Texts(index):
+            if any(said):
+                connection.execute(_SAID, (latent, *said))
             if examples:
                 connection.execute(_EXAMPLES.format(table=_AROUND[table[latent]]), (latent, examples))
             if progress is not None and latent % 1024 == 0:
@@ -214,12 +222,12 @@ PRAGMA synchronous = OFF;
 PRAGMA cache_size = -64000;
 CREATE TABLE origin (id TEXT, schema INTEGER, common TEXT, counts BLOB);
 CREATE VIRTUAL TABLE said USING fts5(
-    mostly, fires, promoted, content='', columnsize=0, tokenize='{TOKENIZER}');
+    mostly, fires, within, promoted, content='', columnsize=0, tokenize='{TOKENIZER}');
 """ + "".join(
     f"CREATE VIRTUAL TABLE {name} USING fts5(examples, content='', columnsize=0, tokenize='{TOKENIZER}');\n"
     for name in _AROUND
 )
-_SAID = "INSERT INTO said (rowid, mostly, fires, promoted) VALUES (?, ?, ?, ?)"
+_SAID = "INSERT INTO said (rowid, mostly, fires, within, promoted) VALUES (?, ?, ?, ?, ?)"
 _EXAMPLES = "INSERT INTO {table} (rowid, examples) VALUES (?, ?)"
 _COMMON = (
     f"SELECT term FROM ({' UNION ALL '.join(f'SELECT term, doc FROM temp.of_{name}' for name in _AROUND)})"
@@ -256,15 +264,24 @@ class Texts:
         self._place = np.zeros(int(tokens.max(initial=0)) + 1, dtype=np.int64)
         self._place[tokens] = np.arange(len(tokens))
 
-    def __iter__(self) -> Iterator[tuple[int, str, str, str, str]]:
-        """Latent, words it fires mostly on, or fires on, tokens it promotes, its examples' text."""
+    def __iter__(self) -> Iterator[tuple[int, str, str, str, str, str]]:
+        """Latent, words it fires mostly on, or fires on, the latter two with the words beside them, tokens it
+        promotes, its examples' text."""
         for number in range(self._weights.groups):
             weights = self._weights.group(number, ["latent", "promoted"])
             fires: dict[int, Counter[str]] = {}
+            within: dict[int, set[str]] = {}
             around: dict[int, list[str]] = {}
-            for latent, before, peak, after in self._strongest(number):
-                fires.setdefault(latent, Counter())[" ".join(word_at(before, peak, after).split())] += 1
+            examples = self._examples_of(number)
+            for latent, before, peak, after in self._around(*_strongest(examples)):
+                word, stretch = word_at(before, peak, after)
+                fires.setdefault(latent, Counter())[word] += 1
+                within.setdefault(latent, set()).add(stretch)
                 around.setdefault(latent, []).append(before + peak + after)
+            for latent, before, peak, after in self._around(*self._frequent(examples)):
+                word, stretch = word_at(before, peak, after)
+                fires.setdefault(latent, Counter()).setdefault(word, 1)
+                within.setdefault(latent, set()).add(stretch)
             for latent, promoted in zip(
                 *(weights[c].to_pylist() for c in ("latent", "promoted")), strict=True
             ):
@@ -273,31 +290,45 @@ class Texts:
                     latent,
                     _column(word for word, times in often.items() if times >= MOSTLY),
                     _column(word for word, times in often.items() if times < MOSTLY),
+                    _column(sorted(within.get(latent, ()))),
                     _column(promoted),
                     _column(around.get(latent, ())),
                 )
 
-    def _strongest(self, number: int) -> Iterator[tuple[int, str, str, str]]:
-        """Latent and the text before, at and after each of its strongest firings, a row group of weights."""
+    def _examples_of(self, number: int) -> Any:
+        """The examples of the latents in a row group of weights."""
         per = self._weights.per_group // self._examples.per_group
         groups = range(number * per, min((number + 1) * per, self._examples.groups))
         columns = ["latent", "kind", "rank", "passage", "position"]
-        table = pa.concat_tables([self._examples.group(g, columns) for g in groups])
-        rank = table["rank"].to_numpy()
-        chosen = (table["kind"].to_numpy() == "top") & (rank >= 0) & (rank < EXAMPLES)
-        latent, passage, position = (table[c].to_numpy()[chosen] for c in ("latent", "passage", "position"))
-        tokens = self._tokens(passage, position)
+        return pa.concat_tables([self._examples.group(g, columns) for g in groups])
+
+    def _frequent(self, examples: Any) -> Places:
+        """One example for each token on which OFTEN or more of a latent's examples fire."""
+        latent, passage, position = (examples[c].to_numpy() for c in ("latent", "passage", "position"))
+        peak = self._tokens(passage, position, 0)[:, 0]
+        pairs = latent.astype(np.int64) << 32 | peak
+        _, first, counts = np.unique(pairs, return_index=True, return_counts=True)
+        chosen = first[counts >= OFTEN]
+        return latent[chosen], passage[chosen], position[chosen]
+
+    def _around(
+        self, latent: NDArray[np.int32], passage: NDArray[np.int64], position: NDArray[np.int32]
+    ) -> Iterator[tuple[int, str, str, str]]:
+        """Latent and the text before, at and after each of its firings, (n,)."""
+        tokens = self._tokens(passage, position, REACH)
         parts = (tokens[:, :REACH], tokens[:, REACH : REACH + 1], tokens[:, REACH + 1 :])
         yield from zip(latent.tolist(), *map(self._joined, parts), strict=True)
 
-    def _tokens(self, passage: NDArray[np.int64], position: NDArray[np.int32]) -> NDArray[np.int64]:
-        """Token ids around each position (n,) of a passage (n,): (n, 2·REACH + 1), −1 beyond its ends."""
-        found = np.full((len(passage), 2 * REACH + 1), -1, dtype=np.int64)
+    def _tokens(
+        self, passage: NDArray[np.int64], position: NDArray[np.int32], reach: int
+    ) -> NDArray[np.int64]:
+        """Token ids around each position (n,) of a passage (n,): (n, 2·reach + 1), −1 beyond its ends."""
+        found = np.full((len(passage), 2 * reach + 1), -1, dtype=np.int64)
         for part in np.unique(passage >> PLACES).tolist():
             mine = np.flatnonzero(passage >> PLACES == part)
             row = passage[mine] & ((1 << PLACES) - 1)
             offsets, flat = self._flat(part)
-            at = (offsets[row] + position[mine])[:, None] + np.arange(-REACH, REACH + 1)
+            at = (offsets[row] + position[mine])[:, None] + np.arange(-reach, reach + 1)
             inside = (at >= offsets[row][:, None]) & (at < offsets[row + 1][:, None])
             found[mine] = np.where(inside, flat[np.where(inside, at, 0)], -1)
         return found
@@ -318,12 +349,29 @@ class Texts:
         return cast(Any, pc).binary_join(lists, "").to_pylist()
 
 
+Places = tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int32]]
+"""Latents (n,), and the passage (n,) and position (n,) of a firing of each."""
+
+
+def _strongest(examples: Any) -> Places:
+    """The strongest firings of each latent."""
+    rank = examples["rank"].to_numpy()
+    chosen = (examples["kind"].to_numpy() == "top") & (rank >= 0) & (rank < EXAMPLES)
+    latent, passage, position = (examples[c].to_numpy()[chosen] for c in ("latent", "passage", "position"))
+    return latent, passage, position
+
+
 def _column(texts: Iterable[str]) -> str:
     return spaced(plain(_BREAK.join(texts)))
 
 
-def word_at(before: str, peak: str, after: str) -> str:
-    """The whole word, or words, that a token belongs to, given the text on either side of it."""
+def word_at(before: str, peak: str, after: str) -> tuple[str, str]:
+    """The whole word, or words, that a token belongs to, given the text on either side of it; and the same
+    with the next word on either side."""
     start = _BEFORE.search(before) if _WORD.match(peak) else None
     end = _AFTER.match(after) if peak and _WORD.match(peak[-1]) else None
-    return (start[0] if start else "") + peak + (end[0] if end else "")
+    word = (start[0] if start else "") + peak + (end[0] if end else "")
+    left = _LEFT.search(before[: start.start()] if start else before)
+    right = _RIGHT.match(after[end.end() :] if end else after)
+    stretch = (left[0] if left else "") + word + (right[0] if right else "")
+    return " ".join(word.split()), " ".join(stretch.split())
