@@ -17,6 +17,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -255,11 +256,11 @@ def separation(rng: Rng, n: int, m: int, truth: float, sparse: bool) -> Measured
 
 
 @cache
-def rectified(shift: float) -> float:
-    """AUROC of max(0, N(shift, 1)) over max(0, N(0, 1)), by the trapezoid rule."""
-    x = np.linspace(0, shift + 10, 20_001)
+def rectified(shift: float, least: float = 0.0) -> float:
+    """AUROC of N(shift, 1) over N(0, 1), both raised to at least `least`, by the trapezoid rule."""
+    x = np.linspace(least, least + shift + 10, 20_001)
     above = np.trapezoid(norm.pdf(x - shift) * norm.cdf(x), x)
-    return float(above + norm.cdf(-shift) * 0.5 / 2)
+    return float(above + norm.cdf(least - shift) * norm.cdf(least) / 2)
 
 
 def correlated(rng: Rng, n: int, each: int, truth: float) -> Measured:
@@ -276,13 +277,64 @@ def correlated(rng: Rng, n: int, each: int, truth: float) -> Measured:
     return found, (float(low), float(high)), truth
 
 
-def separated(rng: Rng, n: int, each: int, truth: float, both: bool) -> Measured:
-    """AUROC of `each` windows of n documents, which differ in level; both kinds in a document, or one."""
-    documents = np.repeat(np.arange(n), each)
-    labels = (np.arange(n * each) if both else documents) % 2 == 0
-    level = 0.3**0.5 * rng.normal(size=n)[documents] + 0.7**0.5 * rng.normal(size=n * each)
-    scores = level + np.sqrt(2) * norm.ppf(truth) * labels
-    return auroc_by_document(scores, labels, documents.tolist()), None, truth
+WINDOWS: dict[str, Callable[[int], list[int]]] = {
+    **{f"documents × {each}": lambda n, each=each: [each] * n for each in (1, 2, 3, 4, 5)},
+    "documents × 2, three × 8": lambda n: [8] * 3 + [2] * (n - 3),
+    "documents × 1 to 5": lambda n: [1 + i % 5 for i in range(n)],
+    "documents, one of half": lambda n: [n] + [1] * (n - 1),
+    "documents, one of a third": lambda n: [n // 2] + [1] * (n - 1),
+}
+"""Windows in each of n documents."""
+LABELS = {
+    "mixed": (0.5, False),
+    "one kind": (0.5, True),
+    "mixed 30 %": (0.3, False),
+    "one kind 30 %": (0.3, True),
+}
+"""Share of positives, and whether all windows of a document are of one kind."""
+
+
+def separated(
+    rng: Rng, n: int, windows: str, truth: float, scores: str, common: float, labels: str
+) -> Measured:
+    """AUROC of windows of n documents, of whose scores a share `common` of the variance is the document's.
+
+    Scores are normal, "tied" at the lowest for four in five negatives, so that the truth is another, or
+    exponential.
+    """
+    documents = np.repeat(np.arange(n), WINDOWS[windows](n))
+    share_positive, whole = LABELS[labels]
+    positive = np.zeros(len(documents), dtype=bool)
+    while not 1 < positive.sum() < len(positive) - 1:
+        positive = rng.random(len(documents)) < share_positive
+        if whole:
+            positive = (rng.permutation(n) < round(share_positive * n))[documents]
+    level = common**0.5 * rng.normal(size=n)[documents]
+    level += (1 - common) ** 0.5 * rng.normal(size=len(documents))
+    shift = float(np.sqrt(2) * norm.ppf(truth))
+    if scores == "exponential":
+        level = -norm.logsf(level) * np.where(positive, truth / (1 - truth), 1.0)
+    else:
+        level += shift * positive
+    if scores == "tied":
+        level, truth = np.maximum(level, 0.8), rectified(shift, 0.8)
+    return auroc_by_document(level, positive, documents.tolist()), None, truth
+
+
+def aurocs() -> Iterator[tuple[str, int, str, str, float, str]]:
+    """AUROC by document: cases by which its interval was chosen, and others by which it was then measured."""
+    for n, windows, scores in product(
+        (12, 24, 50),
+        (f"documents{w}" for w in (" × 1", " × 4", " × 2, three × 8", ", one of half")),
+        ("normal", "tied"),
+    ):
+        yield "chosen", n, windows, scores, 0.5, "mixed"
+    for n, each, labels in ((12, 2, "one kind"), (30, 2, "one kind"), (30, 4, "mixed"), (60, 1, "mixed")):
+        yield "chosen", n, f"documents × {each}", "normal", 0.3, labels
+    others = (f"documents{w}" for w in (" × 2", " × 3", " × 5", " × 1 to 5", ", one of a third"))
+    for i, (n, windows) in enumerate(product((16, 30, 80), others)):
+        scores = ("exponential", "tied", "normal")[i % 3]
+        yield "kept back", n, windows, scores, (0.0, 0.8, 0.4)[i // 2 % 3], list(LABELS)[(i + 2) % 4]
 
 
 def difference_of_rates(rng: Rng, n: int, m: int, p: float, q: float) -> Measured:
@@ -452,10 +504,12 @@ INTERVALS: dict[str, Callable[[Rng], Measured]] = {
         for truth, n, each in ((0.5, 20, 5), (0.5, 30, 1), (0.8, 30, 5), (0.5, 100, 5))
     },
     **{
-        f"auroc {truth:g}, {n} documents × {each}, {'both' if both else 'one'} kind{'s' * both} in each": (
-            lambda rng, n=n, each=each, truth=truth, both=both: separated(rng, n, each, truth, both)
+        f"auroc by document, {kept}: {truth:g}, {n} {windows}, {scores}, {common:g} common, {labels}": (
+            lambda rng, n=n, windows=windows, truth=truth, scores=scores, common=common, labels=labels: (
+                separated(rng, n, windows, truth, scores, common, labels)
+            )
         )
-        for n, each, both in ((12, 2, False), (30, 2, False), (30, 4, True), (60, 1, False))
+        for kept, n, windows, scores, common, labels in aurocs()
         for truth in (0.5, 0.7, 0.9, 0.97)
     },
     "risk difference .3 − .1, 40 + 60": lambda rng: difference_of_rates(rng, 40, 60, 0.3, 0.1),

@@ -33,6 +33,8 @@ INTERVALS = [
     "rate 0.05, 60 prompts × 4",
     "auroc 0.7, 20 + 30",
     "auroc 0.9, 40 + 60, sparse",
+    "auroc by document, chosen: 0.9, 24 documents × 4, normal, 0.5 common, mixed",
+    "auroc by document, chosen: 0.97, 30 documents × 2, normal, 0.3 common, one kind",
     "correlation 0.5, 20 documents × 5",
     "risk difference .3 − .1, 40 + 60",
     "agreement, percent, 30 things, 2 people, 0.9",

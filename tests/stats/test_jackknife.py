@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import pearsonr
+from scipy.stats import norm, pearsonr, rankdata
 from scipy.stats import t as student
 
-from unbraid.stats.bootstrap import Interval, as_equal, share_interval
+from unbraid.stats.bootstrap import Interval
 from unbraid.stats.effects import auroc
 from unbraid.stats.jackknife import auroc_by_document, correlation_by_document
 
@@ -51,22 +51,58 @@ def test_correlations_without_a_spread() -> None:
     assert single == Interval(pytest.approx(0.5), pytest.approx(0.5), pytest.approx(0.5), 1)
 
 
-@settings(deadline=None, max_examples=30)
-@given(seed=st.integers(0, 10**6), n=st.integers(2, 9))
-def test_an_aurocs_interval_is_that_of_the_jackknifes_error(seed: int, n: int) -> None:
+def ends(trials: float, value: float, level: float) -> np.ndarray:
+    """Wilson's, as roots of (value − truth)² = z² truth (1 − truth) / trials."""
+    z2 = norm.ppf((1 + level) / 2) ** 2 / trials
+    return np.sort(np.roots([1 + z2, -2 * value - z2, value**2]).real)
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 10**6), n=st.integers(2, 9), shift=st.sampled_from([0, 2, 5]))
+def test_an_aurocs_interval_is_wilsons_by_the_jackknife(seed: int, n: int, shift: int) -> None:
     rng = np.random.default_rng(seed)
     documents = np.concatenate([np.arange(n), rng.integers(0, n, 20)])
-    scores, labels = rng.integers(0, 6, len(documents)).astype(float), rng.random(len(documents)) < 0.5
+    labels = rng.random(len(documents)) < 0.5
     labels[:2] = True, False
+    scores = rng.integers(0, 6, len(documents)) + shift * labels.astype(float)
     found = auroc_by_document(scores, labels, documents.tolist())
     value = float(auroc(scores, labels))
-    without = [
-        float(auroc(scores[left], labels[left])) if 0 < labels[left].sum() < left.sum() else value
-        for left in (documents != d for d in range(n))
-    ]
-    error = np.sqrt((n - 1) / n * np.square(np.array(without) - np.mean(without)).sum())
-    wanted = share_interval(value, float(error), n, len(scores), equal=as_equal(np.bincount(documents)))
-    assert found == Interval(*(pytest.approx(number) for number in (value, wanted.low, wanted.high)), n)
+    of = documents[:, None] == np.arange(n)
+    held = of.mean(axis=0)
+    without = np.array(
+        [float(auroc(scores[~d], labels[~d])) if 0 < labels[~d].sum() < (~d).sum() else value for d in of.T]
+    )
+    # Satterthwaite's degrees of freedom, from the covariance of the documents' deviations.
+    spread = np.diag(held) - np.outer(held, held)
+    spread /= np.sqrt(np.outer(1 - held, 1 - held))
+    freedom = np.trace(spread) ** 2 / np.square(spread).sum()
+    ranks = np.zeros((2, len(scores)))
+    for row, kind in zip(ranks, (labels, ~labels), strict=True):
+        row[kind] = (rankdata(scores[kind]) - (kind.sum() + 1) / 2) / kind.sum() ** 2
+    independent = max(np.square(ranks).sum(), 1e-12)
+
+    def at_most(share: float) -> float:
+        vary = np.square(ranks @ of).sum() - 8 * share * (1 - share) * np.prod(ranks @ of, axis=0).sum()
+        return 4 * labels.sum() * (~labels).sum() / len(scores) / max(1, vary / independent)
+
+    most = at_most(value)
+    tied = np.mean(scores[labels][:, None] == scores[~labels])
+    variance = float(((1 - held) * np.square(without - value)).sum())
+    limits = []
+    for level in (0.95, 0.9):
+        t = student.ppf((1 + level) / 2, freedom) / norm.ppf((1 + level) / 2)
+        trials = (
+            min(value * (1 - value) / variance / t**2, most * (1 + tied))
+            if variance > 1e-20
+            else min(n, most)
+        )
+        limits.append(ends(trials, value, level))
+    (low, high), (lower, upper) = limits
+    least = max(0.5, ends(at_most(1), 1, 0.95)[0])
+    high = high if high <= least else max(least, upper)
+    low = low if low >= 1 - least else min(1 - least, lower)
+    assert found.value == pytest.approx(value) and found.n == n
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-6)
 
 
 def test_an_auroc_of_copies_is_of_no_more_documents_and_one_of_1_has_an_interval() -> None:
@@ -85,3 +121,19 @@ def test_an_auroc_of_copies_is_of_no_more_documents_and_one_of_1_has_an_interval
     assert apart.value == apart.high == 1 and 0 < apart.low < 0.6
     alone = auroc_by_document([3.0, 1.0], [True, False], [0, 0])
     assert alone.n == 1 and alone.low < 0.5
+    nothing = auroc_by_document([0.0] * 8, [True, False] * 4, list(range(8)))
+    assert nothing.low < 0.3 and nothing.value == 0.5 and nothing.high > 0.7
+
+
+def test_an_auroc_of_documents_of_one_kind_rests_on_documents_even_where_all_are_apart() -> None:
+    scores = np.repeat([1.0, 3.0, 2.0, 4.0, 11.0, 14.0, 13.0, 12.0], 5) + np.tile(np.linspace(0, 0.1, 5), 8)
+    labels = np.arange(40) >= 20
+    together = auroc_by_document(scores, labels, np.repeat(np.arange(8), 5).tolist())
+    spread = auroc_by_document(scores, labels, np.tile(np.arange(8), 5).tolist())
+    assert together.value == spread.value == together.high == spread.high == 1
+    nearly = scores.copy()
+    nearly[19] = 20  # One window of one document.
+    low = [
+        auroc_by_document(nearly, labels, d.tolist()).low for d in (np.repeat(np.arange(8), 5), np.arange(40))
+    ]
+    assert together.low < 0.7 and low[0] < low[1]

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import norm, rankdata
 from scipy.stats import t as student
 
-from unbraid.stats.bootstrap import ROUNDING, Interval, as_equal, jackknife_error, share_interval
+from unbraid.stats.bootstrap import ROUNDING, Interval, wilson
 from unbraid.stats.effects import auroc
 
 Matrix = NDArray[np.float64]
@@ -19,8 +20,14 @@ FINITE = (-1 + 1e-12, 1 - 1e-12)
 def auroc_by_document(scores: ArrayLike, labels: ArrayLike, documents: Sequence[object]) -> Interval:
     """AUROC of scores (n,) for labels (n,), of which those of one document hang together.
 
-    `share_interval` of the jackknife's standard error over documents, for at most n trials: so it does not
-    end at a point where both groups are wholly apart, nor nearly at one where all but a few are.
+    Wilson's interval for as many trials as would vary as much, by the jackknife over documents, each weighed
+    by its size; Student's t has as many degrees of freedom as such documents leave (Bell and McCaffrey,
+    2002). Where both groups are nearly apart hardly anything varies, and the jackknife says too little. So
+    there are no more trials than windows, or than as many of both kinds would be worth (Hanley and McNeil,
+    1982): fewer by how far ranks hang together within documents, more by the share of tied pairs, which count
+    half whatever is drawn.
+    A truth so near to 1 that not even groups wholly apart would be too good for it can be missed from one
+    side alone, which then gets all of the 5 % (compare Blaker, 2000); so too near to 0.
     `benchmarks/calibration.py` measures it. Raises ValueError as `auroc` does.
     """
     values, positive = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=bool)
@@ -33,9 +40,54 @@ def auroc_by_document(scores: ArrayLike, labels: ArrayLike, documents: Sequence[
     own = (wins * (up[:, None] == down[None])).sum(axis=1)
     left = wins.sum() - _summed(up, wins.sum(axis=1) - own, n) - _summed(down, wins.sum(axis=0), n)
     pairs = (len(up) - _summed(up, None, n)) * (len(down) - _summed(down, None, n))
-    without = np.where(pairs > 0, left / np.maximum(pairs, 1), np.nan)
-    error = jackknife_error(without, value)
-    return share_interval(value, error, n, values.size, equal=as_equal(_summed(inverse, None, n)))
+    without = np.where(pairs > 0, left / np.maximum(pairs, 1), value)
+    held = _summed(inverse, None, n) / values.size
+    variance = float(((1 - held) * (without - value) ** 2).sum())
+    alone, common = _together(above, below, up, down, n)
+    # Positives and negatives of a document move together; it cancels, but less where both are nearly apart.
+    balanced = 4 * len(up) * len(down) / values.size
+    most, apart = (balanced / max(1.0, alone - 4 * at * (1 - at) * common) for at in (value, 1.0))
+    tied = float((wins == 0.5).mean())
+
+    def ends(level: float) -> tuple[float, float]:
+        trials = min(float(n), most)
+        if variance > ROUNDING**2:
+            shrink = float(norm.ppf((1 + level) / 2) / student.ppf((1 + level) / 2, _freedom(held)))
+            trials = min(value * (1 - value) / variance * shrink**2, most * (1 + tied))
+        return wilson(value * trials, trials, level)
+
+    low, high = ends(0.95)
+    lower, upper = ends(0.90)
+    least = max(0.5, wilson(apart, apart)[0])  # of groups wholly apart: hardly one is higher
+    if high > least:
+        high = max(least, upper)
+    if low < 1 - least:
+        low = min(1 - least, lower)
+    return Interval(value, min(low, value), max(high, value), n)
+
+
+def _freedom(held: Matrix) -> float:
+    """Degrees of freedom of a variance from documents that hold these shares (n,): n − 1 where all are equal.
+
+    Satterthwaite's for Σ d² / (1 − share), d a document's deviation from the mean of equal, independent
+    windows times its share (Bell and McCaffrey, 2002).
+    """
+    pulled = held**2 / (1 - held)
+    return float(1 / (np.square(held).sum() + pulled.sum() ** 2 - np.square(pulled).sum()))
+
+
+def _together(
+    above: Matrix, below: Matrix, up: NDArray[np.intp], down: NDArray[np.intp], n: int
+) -> tuple[float, float]:
+    """How many times as much as with independent windows both groups' mean ranks vary, and how much of it
+    they have in common. Ranks are those within a group: this is told even where the groups are wholly apart.
+    """
+    first, second = ((rankdata(of) - (of.size + 1) / 2) / of.size**2 for of in (above, below))
+    independent = float(np.square(first).sum() + np.square(second).sum())
+    if independent <= 0:
+        return 1.0, 0.0
+    a, b = _summed(up, first, n), _summed(down, second, n)
+    return float((a @ a + b @ b) / independent), float(2 * (a @ b) / independent)
 
 
 def _summed(document: NDArray[np.intp], weights: Matrix | None, n: int) -> Matrix:
