@@ -73,8 +73,9 @@ class Search:
 
         "Words in quotes" stand next to each other, and a word* is the beginning of one.  The score says
         where: 5 in a label, 4 in the words that the latent mostly fires on, 3 in words that it fires on, or
-        it fires within the phrase, 2 in tokens that it promotes, 1 around its strongest firings; then the
-        latent that fires more often comes first.  No query fails: what is no word is passed over.
+        fires on at times, or in a phrase that it fires within, 2 in tokens that it promotes, 1 around its
+        strongest firings; then the latent that fires more often comes first.  No query fails: what is no
+        word is passed over.
         """
         found: dict[int, Hit] = {}
         if self.labelled is not None:

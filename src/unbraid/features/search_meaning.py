@@ -121,7 +121,7 @@ class Meanings:
         wanted = {j for j in range(self.index.d_sae) if j not in current and known.get(j, True)}
         if not wanted:
             return
-        for latent, mostly, fires, _, promoted, examples in Texts(self.index):
+        for latent, mostly, fires, *_, promoted, examples in Texts(self.index):
             if latent in wanted:
                 parts = [mostly or fires, promoted if not examples else examples.split("\ue000")[0]]
                 text = ": ".join(" ".join(part.replace("\ue000", ",").split()) for part in parts if part)

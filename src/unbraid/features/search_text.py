@@ -36,9 +36,9 @@ EXAMPLES = 5
 """Strongest examples of a latent whose text can be searched."""
 REACH = 10
 """Tokens on either side of a firing whose text can be searched."""
-OFTEN = 2
-"""Of all stored examples, so many have to be of one token for its word to be one that the latent fires on.
-The strongest firings alone are of a few words, also where it fires on many."""
+OFTEN = 1 / 32
+"""Share of all stored examples that have to be of one token, and two at least, for its word to be one that
+the latent fires on at times. The strongest firings are of a few words, also where it fires on many."""
 MOSTLY = 3
 """Of these examples, so many have to fire on the same word for a latent to fire mostly on it."""
 CANDIDATES = 20_000
@@ -81,6 +81,7 @@ _AROUND = tuple(f"around{number}" for number in range(len(TABLES)))
 _PLACES = (
     (4, ("said",), "mostly", "fires mostly on it"),
     (3, ("said",), "fires", "fires on it"),
+    (3, ("said",), "times", "fires on it at times"),
     (3, ("said",), "within", "fires within it"),
     (2, ("said",), "promoted", "promotes it"),
     (1, _AROUND, "examples", "stands in its examples"),
@@ -222,12 +223,12 @@ PRAGMA synchronous = OFF;
 PRAGMA cache_size = -64000;
 CREATE TABLE origin (id TEXT, schema INTEGER, common TEXT, counts BLOB);
 CREATE VIRTUAL TABLE said USING fts5(
-    mostly, fires, within, promoted, content='', columnsize=0, tokenize='{TOKENIZER}');
+    mostly, fires, times, within, promoted, content='', columnsize=0, tokenize='{TOKENIZER}');
 """ + "".join(
     f"CREATE VIRTUAL TABLE {name} USING fts5(examples, content='', columnsize=0, tokenize='{TOKENIZER}');\n"
     for name in _AROUND
 )
-_SAID = "INSERT INTO said (rowid, mostly, fires, within, promoted) VALUES (?, ?, ?, ?, ?)"
+_SAID = "INSERT INTO said (rowid, mostly, fires, times, within, promoted) VALUES (?, ?, ?, ?, ?, ?)"
 _EXAMPLES = "INSERT INTO {table} (rowid, examples) VALUES (?, ?)"
 _COMMON = (
     f"SELECT term FROM ({' UNION ALL '.join(f'SELECT term, doc FROM temp.of_{name}' for name in _AROUND)})"
@@ -264,12 +265,13 @@ class Texts:
         self._place = np.zeros(int(tokens.max(initial=0)) + 1, dtype=np.int64)
         self._place[tokens] = np.arange(len(tokens))
 
-    def __iter__(self) -> Iterator[tuple[int, str, str, str, str, str]]:
-        """Latent, words it fires mostly on, or fires on, the latter two with the words beside them, tokens it
-        promotes, its examples' text."""
+    def __iter__(self) -> Iterator[tuple[int, str, str, str, str, str, str]]:
+        """Latent, words it fires mostly on, or fires on, or at times, all these with the words beside them,
+        tokens it promotes, its examples' text."""
         for number in range(self._weights.groups):
             weights = self._weights.group(number, ["latent", "promoted"])
             fires: dict[int, Counter[str]] = {}
+            times: dict[int, set[str]] = {}
             within: dict[int, set[str]] = {}
             around: dict[int, list[str]] = {}
             examples = self._examples_of(number)
@@ -280,16 +282,18 @@ class Texts:
                 around.setdefault(latent, []).append(before + peak + after)
             for latent, before, peak, after in self._around(*self._frequent(examples)):
                 word, stretch = word_at(before, peak, after)
-                fires.setdefault(latent, Counter()).setdefault(word, 1)
+                times.setdefault(latent, set()).add(word)
                 within.setdefault(latent, set()).add(stretch)
             for latent, promoted in zip(
                 *(weights[c].to_pylist() for c in ("latent", "promoted")), strict=True
             ):
                 often = fires.get(latent, Counter[str]())
+                rest = times.get(latent, set[str]()) - often.keys()
                 yield (
                     latent,
                     _column(word for word, times in often.items() if times >= MOSTLY),
                     _column(word for word, times in often.items() if times < MOSTLY),
+                    _column(sorted(rest)),
                     _column(sorted(within.get(latent, ()))),
                     _column(promoted),
                     _column(around.get(latent, ())),
@@ -303,12 +307,13 @@ class Texts:
         return pa.concat_tables([self._examples.group(g, columns) for g in groups])
 
     def _frequent(self, examples: Any) -> Places:
-        """One example for each token on which OFTEN or more of a latent's examples fire."""
+        """One example for each token on which OFTEN, or more, of a latent's examples are."""
         latent, passage, position = (examples[c].to_numpy() for c in ("latent", "passage", "position"))
         peak = self._tokens(passage, position, 0)[:, 0]
         pairs = latent.astype(np.int64) << 32 | peak
         _, first, counts = np.unique(pairs, return_index=True, return_counts=True)
-        chosen = first[counts >= OFTEN]
+        of_all = np.bincount(latent, minlength=1)[latent[first]]
+        chosen = first[counts >= np.maximum(OFTEN * of_all, 2)]
         return latent[chosen], passage[chosen], position[chosen]
 
     def _around(
