@@ -60,8 +60,7 @@ _UNSPACED = re.compile(
 _PHRASE = re.compile(r"\w\W+\w")
 _TERM = re.compile(r'"([^"]*)"?|(\S+)')
 _WORD = re.compile(r"\w")
-_LEFT, _RIGHT = re.compile(r"\w+\W*\Z"), re.compile(r"\W*\w+")
-_BEFORE, _AFTER = re.compile(r"\w*\Z"), re.compile(r"\w*")
+_INSIDE, _NEXT = re.compile(r"\w*"), re.compile(r"\W*\w+")
 
 
 @dataclass(frozen=True)
@@ -373,10 +372,12 @@ def _column(texts: Iterable[str]) -> str:
 def word_at(before: str, peak: str, after: str) -> tuple[str, str]:
     """The whole word, or words, that a token belongs to, given the text on either side of it; and the same
     with the next word on either side."""
-    start = _BEFORE.search(before) if _WORD.match(peak) else None
-    end = _AFTER.match(after) if peak and _WORD.match(peak[-1]) else None
-    word = (start[0] if start else "") + peak + (end[0] if end else "")
-    left = _LEFT.search(before[: start.start()] if start else before)
-    right = _RIGHT.match(after[end.end() :] if end else after)
-    stretch = (left[0] if left else "") + word + (right[0] if right else "")
+    # Backwards: a pattern that has to end where the text does is tried from each of its characters.
+    back = before[::-1]
+    start = _INSIDE.match(back) if _WORD.match(peak) else None
+    end = _INSIDE.match(after) if peak and _WORD.match(peak[-1]) else None
+    left = _NEXT.match(back, start.end() if start else 0)
+    right = _NEXT.match(after, end.end() if end else 0)
+    word = (start[0][::-1] if start else "") + peak + (end[0] if end else "")
+    stretch = (left[0][::-1] if left else "") + word + (right[0] if right else "")
     return " ".join(word.split()), " ".join(stretch.split())
