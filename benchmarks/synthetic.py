@@ -78,6 +78,8 @@ PLANTED, SAMPLED, FRESH = 1_000, 2_000, 3_000
 torch would draw the planted features again as the first weights: the answer given away."""
 FIXED = ("topk", "batchtopk", "matryoshka", "lista")
 """Architectures in which k fixes how many latents fire."""
+OURS = ("lista", "matryoshka_jumprelu")
+"""Architectures that SAELens has not."""
 MARGIN = 0.02
 """How far from the true number the mean number of latents that fire may stay, as a share."""
 
@@ -160,6 +162,7 @@ def ours(w: World, arch: str, lr: float, weight: float, seed: int, given: argpar
         "lista": {"widths": widths},
         "relu": {"l1": weight},
         "jumprelu": {"l0": weight},
+        "matryoshka_jumprelu": {"l0": weight, "widths": widths},
     }.get(arch, {})
     config = TrainConfig(
         architecture=arch, d_sae=given.width, k=round(w.l0), lr=lr, steps=given.steps,
@@ -284,7 +287,7 @@ class Bench:
         """For each tool the rate, the same one, and the weight with which the first seed's EV, the mean over
         tools, is best at the wanted L0."""
         best, found = -math.inf, dict[str, tuple[float, float]]()
-        tools = [tool for tool in TOOLS if (tool, arch) != ("saelens", "lista")]
+        tools = [tool for tool in TOOLS if tool == "unbraid" or arch not in OURS]
         weights = dict.fromkeys(tools, 1.0)
         for lr in rates:
             rows = dict[str, dict[str, float]]()
@@ -339,7 +342,7 @@ def main() -> None:
         ("batch", 1024), ("search", 8), ("threads", 2),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
-    everything = ("topk", "batchtopk", "matryoshka", "jumprelu", "relu", "lista")
+    everything = ("topk", "batchtopk", "matryoshka", "jumprelu", "relu", *OURS)
     parser.add_argument("--arch", nargs="+", choices=everything, default=everything)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--lr", nargs="+", type=float, default=[1e-3, 3e-3, 6e-3, 1e-2, 2e-2])

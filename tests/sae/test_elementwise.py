@@ -29,7 +29,7 @@ def _sae(
     with torch.no_grad():
         for value in sae.parameters():
             value.copy_(torch.randn(value.shape, generator=generator) / 2)
-        if architecture == "jumprelu":
+        if architecture.endswith("jumprelu"):
             assert sae.threshold is not None
             sae.threshold.abs_()
     return sae, generator
@@ -75,11 +75,13 @@ def test_relu_is_its_formula(shape: tuple[int, int, int, int]) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(SHAPES, st.sampled_from(JUMPRELU))
-def test_jumprelu_is_its_formula(shape: tuple[int, int, int, int], options: dict[str, object]) -> None:
+@given(SHAPES, st.sampled_from(JUMPRELU), st.booleans())
+def test_jumprelu_is_its_formula(
+    shape: tuple[int, int, int, int], options: dict[str, object], nested: bool
+) -> None:
     """The straight-through gradients are written here as those of a surrogate with the same slopes."""
     n, d_in, d_sae, seed = shape
-    sae, generator = _sae("jumprelu", d_in, d_sae, seed, l0=0.3, **options)
+    sae, generator = _sae("matryoshka_" * nested + "jumprelu", d_in, d_sae, seed, l0=0.3, **options)
     x = torch.randn(n, d_in, generator=generator)
     theta, width = sae.threshold, sae.options.bandwidth
     assert theta is not None
@@ -92,7 +94,9 @@ def test_jumprelu_is_its_formula(shape: tuple[int, int, int, int], options: dict
     surrogate = window * (above - above.detach())  # 0, with the slope of the window
     step = on + surrogate
     codes = p * on + theta.detach() * surrogate
-    error = (x - codes @ sae.W_dec - sae.b_dec).square().sum()
+    parts = [w for part in (16, 8, 4, 2) if (w := d_sae // part)] * nested
+    errors = [(x - codes[:, :w] @ sae.W_dec[:w] - sae.b_dec).square().sum() for w in (*parts, d_sae)]
+    error = torch.stack(errors).mean()
     norms = sae.W_dec.norm(dim=1)
     cost = step if sae.options.penalty == "step" else (4 * codes * norms).tanh()
     dead = torch.rand(d_sae, generator=generator) < 0.4

@@ -12,7 +12,6 @@ from torch.nn.functional import pad
 from unbraid.manifest.errors import UserError
 from unbraid.sae import elementwise
 from unbraid.sae.base import SAE, SAEConfig
-from unbraid.sae.batchtopk import BatchTopKSAE
 from unbraid.sae.clt import CrossLayerTranscoder
 from unbraid.sae.objective import StepContext
 from unbraid.sae.registry import ARCHITECTURES, build
@@ -85,15 +84,17 @@ def test_matryoshka_averages_over_its_prefixes(seed: int, widths: list[int]) -> 
     _same_gradients(sae, x, x, torch.stack(errors).mean())
 
 
-def test_matryoshka_is_used_as_jumprelu_and_refuses_widths_that_do_not_nest() -> None:
-    sae = _filled(SAEConfig("matryoshka", 6, 40, 3))
-    assert isinstance(sae, BatchTopKSAE)
+@pytest.mark.parametrize(("name", "k"), [("matryoshka", 3), ("matryoshka_jumprelu", 0)])
+def test_matryoshka_is_used_as_jumprelu_and_refuses_widths_that_do_not_nest(name: str, k: int) -> None:
+    sae = _filled(SAEConfig(name, 6, 40, k))
     ready = sae.calibrated([_x(50, 6)])
-    assert ready.config.architecture == "jumprelu"
+    assert ready.config.architecture == "jumprelu" and not ready.config.options
     assert ready.config.metadata["matryoshka_widths"] == [2, 5, 10, 20, 40]
+    if not k:  # its thresholds are its own
+        assert torch.equal(ready.encode_dense(_x(9, 6)), sae.encode_dense(_x(9, 6)))
     for widths in ([5, 5], [9, 3], [3, 40]):
         with pytest.raises(UserError, match="must rise"):
-            build(SAEConfig("matryoshka", 6, 40, 3, options={"widths": tuple(widths)}))
+            build(SAEConfig(name, 6, 40, k, options={"widths": tuple(widths)}))
 
 
 @settings(max_examples=20, deadline=None)

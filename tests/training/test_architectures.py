@@ -77,6 +77,7 @@ ONE_SITE = {
     "jumprelu, tanh": ({"l0": 0.1, "penalty": "tanh", "through_encoder": True}, "jumprelu"),
     "gated": ({"l1": 1.5}, "gated"),
     "matryoshka": ({"widths": (48,)}, "jumprelu"),
+    "matryoshka_jumprelu": ({"l0": 0.1, "widths": (48,)}, "jumprelu"),
     "matching_pursuit": ({}, "matching_pursuit"),
     "lista": ({"iterations": 2}, "lista"),
 }

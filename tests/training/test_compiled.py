@@ -30,7 +30,7 @@ def _sae(
     with torch.no_grad():
         for weight in sae.parameters():
             weight.copy_(torch.randn(weight.shape, generator=generator) / 2)
-        if kind in ("relu", "jumprelu"):
+        if kind in ("relu", "jumprelu", "matryoshka_jumprelu"):
             sae.b_enc -= 6  # few entries are above the edge, as in the later part of a run
         sae.constrain()
     return sae
@@ -48,6 +48,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "matryoshka": ("matryoshka", {"widths": (10, 40)}),
     "relu": ("relu", {}),
     "jumprelu": ("jumprelu", {"bandwidth": 1.0}),
+    "matryoshka_jumprelu": ("matryoshka_jumprelu", {"bandwidth": 1.0, "widths": (10, 40), "pre_act": 0.2}),
     "jumprelu tanh": ("jumprelu", {"bandwidth": 1.0, "penalty": "tanh", "pre_act": 0.2}),
 }
 
@@ -85,7 +86,7 @@ def test_a_run_of_steps_is_the_plain_one(kind: str, precision: Precision, centre
         torch.testing.assert_close(other.tensors()[part], moment, rtol=1e-2, atol=1e-4, msg=part)
 
 
-@pytest.mark.parametrize("kind", ["relu", "jumprelu"])
+@pytest.mark.parametrize("kind", ["relu", "jumprelu", "matryoshka_jumprelu"])
 def test_while_many_latents_fire_the_plain_step_runs_and_is_left_again(kind: str) -> None:
     plain = _sae(12, 60, 0, kind=kind)
     with torch.no_grad():
@@ -128,7 +129,9 @@ def test_one_step_of_any_size(kind: str, n: int, d: int, F: int, k: int, seed: i
         torch.testing.assert_close(step.optimizer.square[name], square, rtol=1e-2, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka", "relu", "jumprelu"])
+@pytest.mark.parametrize(
+    "kind", ["topk", "batchtopk", "matryoshka", "relu", "jumprelu", "matryoshka_jumprelu"]
+)
 def test_threads_do_not_change_a_bit(kind: str) -> None:
     results: list[dict[str, torch.Tensor]] = []
     before = torch.get_num_threads()

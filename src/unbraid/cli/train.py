@@ -55,9 +55,9 @@ class Options:
     buffer_tokens: int | None = None
     """Tokens held in memory and shuffled by --follow and --model; 131,072 if left out."""
     arch: str = "topk"
-    """Architecture: topk, batchtopk, matryoshka, relu, jumprelu, gated, matching_pursuit, lista, transcoder,
-    skip_transcoder, jumprelu_transcoder, jumprelu_skip_transcoder, topk_transcoder, topk_skip_transcoder,
-    crosscoder or clt."""
+    """Architecture: topk, batchtopk, matryoshka, relu, jumprelu, matryoshka_jumprelu, gated,
+    matching_pursuit, lista, transcoder, skip_transcoder, jumprelu_transcoder, jumprelu_skip_transcoder,
+    topk_transcoder, topk_skip_transcoder, crosscoder or clt."""
     k: int | None = None
     """Latents that fire at a token, or do on average, for the architectures that fix this; 32 if left out."""
     width: int = 8192

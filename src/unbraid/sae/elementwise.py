@@ -79,6 +79,13 @@ class ElementwiseSAE(SAE):
         """Reconstructions (n, d_out) from the entries' codes, in the shape of `entries.pre`."""
         return entries.decode(codes, self.W_dec) + self.b_dec
 
+    def squared_error(
+        self, entries: Entries, codes: Tensor, x: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What of the loss is reconstruction, a sum over x (n, d_in), and the error (n, d_out)."""
+        error = target - (self.decode_entries(entries, codes) + self.bypass(x))
+        return error.square().sum(), error
+
     def encode(self, x: Tensor) -> SparseCodes:
         """Codes of activations x, shape (n, d_in); k is the most latents that fire at one of them."""
         entries = self._above(x, self.firing_threshold())
@@ -109,17 +116,16 @@ class ElementwiseSAE(SAE):
         self, entries: Entries, x: Tensor, target: Tensor, context: StepContext, numel: int
     ) -> StepReport:
         codes = entries.only_real(self.activate(entries))
-        error = target - (self.decode_entries(entries, codes) + self.bypass(x))
-        squared_error = error.square().sum()
+        loss, error = self.squared_error(entries, codes, x, target)
         cost, other = self.loss(entries, codes, target)
-        ((squared_error + context.ramp * cost + other) / numel).backward()
+        ((loss + context.ramp * cost + other) / numel).backward()
         on = codes.detach() > 0
         if entries.latents is None:
             fired = on.any(dim=0)
         else:
             fired = torch.zeros(self.config.d_sae, dtype=torch.bool, device=on.device)
             fired[entries.latents[on]] = True
-        return StepReport(squared_error.detach(), fired, on.sum())
+        return StepReport(error.detach().square().sum(), fired, on.sum())
 
     def _above(self, x: Tensor, edge: Tensor) -> Entries:
         """The entries whose pre-activation exceeds `edge`, each row filled up to the longest."""

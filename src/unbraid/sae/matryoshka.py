@@ -10,10 +10,11 @@ specialise them, are not there to fill the holes. Used and saved as JumpReLU, li
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from unbraid.manifest.errors import UserError
@@ -45,8 +46,7 @@ class MatryoshkaSAE(BatchTopKSAE):
 
     def __init__(self, config: SAEConfig) -> None:
         super().__init__(config)
-        halved = tuple(width for part in (16, 8, 4, 2) if (width := config.d_sae // part))
-        self.widths = nested_widths(self.options.widths or halved, config.d_sae)
+        self.widths = nested_widths(self.options.widths or halved_widths(config.d_sae), config.d_sae)
 
     def reconstruction_loss(self, codes: SparseCodes, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The mean over widths, and the error of all latents together."""
@@ -57,6 +57,11 @@ class MatryoshkaSAE(BatchTopKSAE):
         return super().ready_form(
             replace(config, metadata={**config.metadata, "matryoshka_widths": list(self.widths)})
         )
+
+
+def halved_widths(d_sae: int) -> tuple[int, ...]:
+    """d_sae divided by 16, 8, 4 and 2, as far as that is 1 or more."""
+    return tuple(width for part in (16, 8, 4, 2) if (width := d_sae // part))
 
 
 def nested_widths(widths: Sequence[int], d_sae: int) -> tuple[int, ...]:
@@ -75,11 +80,19 @@ def nested_loss(
 ) -> tuple[Tensor, Tensor]:
     """The mean loss over nested widths, a scalar, and what all latents together leave of `wanted`,
     (n, d_out): the target without bias and bypass."""
-    left, loss = wanted, wanted.new_zeros(())
-    for low, high in pairwise((0, *widths)):
-        left = left - decode(_within(codes, low, high), W_dec)
-        loss = loss + left.square().sum()
-    return loss / (len(widths) * wanted.numel()), left
+    parts = (decode(_within(codes, low, high), W_dec) for low, high in pairwise((0, *widths)))
+    loss, left = nested_error(parts, wanted)
+    return loss / wanted.numel(), left
+
+
+def nested_error(parts: Iterable[Tensor], wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The squared error after each part, (n, d_out), the mean over parts of the sums, and what they all leave
+    of `wanted`; a part is what a width adds to the one before."""
+    errors: list[Tensor] = []
+    for part in parts:
+        wanted = wanted - part
+        errors.append(wanted.square().sum())
+    return torch.stack(errors).mean(), wanted
 
 
 def _within(codes: SparseCodes, low: int, high: int) -> SparseCodes:

@@ -12,6 +12,7 @@ from unbraid.sae.jumprelu import JumpReLUSAE
 from unbraid.sae.lista import LISTASAE
 from unbraid.sae.matching_pursuit import MatchingPursuitSAE
 from unbraid.sae.matryoshka import MatryoshkaSAE
+from unbraid.sae.matryoshka_jumprelu import MatryoshkaJumpReLUSAE
 from unbraid.sae.relu import ReLUSAE
 from unbraid.sae.topk import TopKSAE
 from unbraid.sae.transcoder import (
@@ -29,6 +30,7 @@ ARCHITECTURES: dict[str, type[SAE]] = {
     "matryoshka": MatryoshkaSAE,
     "relu": ReLUSAE,
     "jumprelu": JumpReLUSAE,
+    "matryoshka_jumprelu": MatryoshkaJumpReLUSAE,
     "gated": GatedSAE,
     "matching_pursuit": MatchingPursuitSAE,
     "lista": LISTASAE,

@@ -2,7 +2,8 @@
 shared by all latents; that of ReLU is 0; those of JumpReLU are its own.
 
 `compiled` has the step; what is here says which entries take part, and what their gradients are besides
-reconstruction. Objectives: `sae.batchtopk`, `sae.matryoshka`, `sae.relu`, `sae.jumprelu`.
+reconstruction. Objectives: `sae.batchtopk`, `sae.matryoshka`, `sae.relu`, `sae.jumprelu`,
+`sae.matryoshka_jumprelu`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from unbraid.sae.jumprelu import JumpReLUSAE
 from unbraid.sae.kernels import cpu
 from unbraid.sae.kernels.cpu import CHUNK_ROWS, F32, I32, I64, Precision
 from unbraid.sae.matryoshka import MatryoshkaSAE
+from unbraid.sae.matryoshka_jumprelu import MatryoshkaJumpReLUSAE
 from unbraid.sae.objective import StepContext, StepReport
 from unbraid.sae.relu import ReLUSAE
 from unbraid.training.adam import Adam
@@ -126,13 +128,15 @@ class ReLUStep(OwnThresholdStep):
 
 
 class JumpReLUStep(OwnThresholdStep):
-    """JumpReLU with either sparsity term, and the term that pulls dead latents."""
+    """JumpReLU, nested or not, with either sparsity term, and the term that pulls dead latents."""
 
     own: JumpReLUSAE
 
     def __init__(self, sae: JumpReLUSAE, optimizer: Adam, *, precision: Precision | None = None) -> None:
         super().__init__(sae, optimizer, precision=precision)
         self.small = ("b_enc", "b_dec", "threshold")
+        if isinstance(sae, MatryoshkaJumpReLUSAE):
+            self.edges = np.array([0, *sae.widths])
 
     def step(self, x: Tensor, target: Tensor, context: StepContext, number: int, lr: float) -> StepReport:
         """One optimiser step; thresholds stay 0 or more."""

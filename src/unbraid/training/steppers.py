@@ -10,6 +10,7 @@ from unbraid.sae.jumprelu import JumpReLUSAE
 from unbraid.sae.kernels import cpu
 from unbraid.sae.kernels.cpu import Precision
 from unbraid.sae.matryoshka import MatryoshkaSAE
+from unbraid.sae.matryoshka_jumprelu import MatryoshkaJumpReLUSAE
 from unbraid.sae.relu import ReLUSAE
 from unbraid.sae.topk import TopKSAE
 from unbraid.training import gpu
@@ -40,6 +41,6 @@ def compiled(sae: SAE, optimizer: Adam, *, precision: Precision | None = None) -
         return BatchTopKStep(sae, optimizer, precision=precision)
     if type(sae) is ReLUSAE:
         return ReLUStep(sae, optimizer, precision=precision)
-    if type(sae) is JumpReLUSAE and not sae.options.through_encoder:
-        return JumpReLUStep(sae, optimizer, precision=precision)
+    if type(sae) is JumpReLUSAE or type(sae) is MatryoshkaJumpReLUSAE:
+        return None if sae.options.through_encoder else JumpReLUStep(sae, optimizer, precision=precision)
     return None
