@@ -3,6 +3,7 @@
     make bench NAME=synthetic JSON=out.json
     python benchmarks/synthetic.py --arch topk --seeds 0 --samples 200000     # a part of it
     python benchmarks/synthetic.py --keep runs.jsonl     # what is there already is not trained again
+    python benchmarks/synthetic.py --scaled --arch jumprelu     # SAELens, too, on centred and scaled samples
 
 The world is SAELens's own `SyntheticModel`: features in superposition that fire by Zipf's law, correlated, in
 a hierarchy. Its samples go to disk as a capture; `unbraid.training` trains on it, and SAELens's `SAETrainer`
@@ -65,6 +66,7 @@ from unbraid.activations.store import ActivationStore
 from unbraid.activations.stream import batches
 from unbraid.manifest.record import write_manifest
 from unbraid.sae.base import SAE
+from unbraid.sae.scaling import Scaling
 from unbraid.stats.bootstrap import mean_of_runs
 from unbraid.training.config import TrainConfig
 from unbraid.training.trainer import train
@@ -82,6 +84,22 @@ OURS = ("lista", "matryoshka_jumprelu")
 """Architectures that SAELens has not."""
 MARGIN = 0.02
 """How far from the true number the mean number of latents that fire may stay, as a share."""
+
+
+class Scaled(torch.nn.Module):
+    """An autoencoder of scaled activations, to be judged on raw ones."""
+
+    def __init__(self, sae: Any, scaling: Scaling) -> None:
+        super().__init__()
+        self.sae, self.scaling, self.W_dec = sae, scaling, sae.W_dec.detach()
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Codes (n, d_sae)."""
+        return self.sae.encode(self.scaling(x))
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Reconstructions (n, d_in)."""
+        return self.sae.decode(codes) / self.scaling.scale + self.scaling.mean
 
 
 @dataclass(frozen=True)
@@ -193,6 +211,11 @@ def theirs(w: World, arch: str, lr: float, weight: float, seed: int, given: argp
         ),
     }[arch]
     stream: Iterator[torch.Tensor] = batches(w.store, SITE, given.batch, seed=seed, steps=given.steps)
+    scaling = None
+    if given.scaled:
+        scaling = Scaling.of(next(batches(w.store, SITE, SHARD, seed=seed, steps=1)), [given.d])
+        assert scaling is not None
+        stream = map(scaling, stream)
     config = SAETrainerConfig(
         total_training_samples=given.steps * given.batch, train_batch_size_samples=given.batch,
         lr=lr, lr_end=lr, lr_warm_up_steps=warm, lr_decay_steps=given.steps // 5,
@@ -202,7 +225,8 @@ def theirs(w: World, arch: str, lr: float, weight: float, seed: int, given: argp
     sae: Any = trainer.fit()
     with tempfile.TemporaryDirectory() as place:
         sae.save_inference_model(place)  # BatchTopK becomes JumpReLU, as its users have it
-        return TheirSAE.load_from_disk(place)
+        found = TheirSAE.load_from_disk(place)
+    return found if scaling is None else Scaled(found, scaling)
 
 
 def nested(width: int) -> tuple[int, ...]:
@@ -266,7 +290,8 @@ class Bench:
             row = judge(TOOLS[tool](w, arch, lr, weight, seed, self.given), w, seed)
             return row | {"seconds": time.monotonic() - started}
 
-        row = self.once(f"tool={tool} arch={arch} lr={lr:g} weight={weight:.6g} seed={seed}", work)
+        how = " scaled" * (tool == "saelens" and self.given.scaled)
+        row = self.once(f"tool={tool}{how} arch={arch} lr={lr:g} weight={weight:.6g} seed={seed}", work)
         say(
             f"  seed {seed} {tool:8} {arch:11} lr {lr:g} weight {weight:.3g} "
             + " ".join(f"{name} {value:.3f}" for name, value in row.items())
@@ -346,6 +371,9 @@ def main() -> None:
     parser.add_argument("--arch", nargs="+", choices=everything, default=everything)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--lr", nargs="+", type=float, default=[1e-3, 3e-3, 6e-3, 1e-2, 2e-2])
+    parser.add_argument(
+        "--scaled", action="store_true", help="give SAELens what our trainer makes of the samples"
+    )
     parser.add_argument("--keep", type=Path, help="JSON Lines of what was finished, read and added to")
     parser.add_argument("--out", type=Path, help="file for the result as JSON")
     given = parser.parse_args()

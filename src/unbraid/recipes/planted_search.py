@@ -1,9 +1,10 @@
 """Whether planted concepts are found: by two sets of texts, by words, by a pasted text, and by labels.
 
 Each question is asked as a user would ask it, from the world's words for a concept or with sentences of
-conversations in which it stands.  An answer is right where the concept's own latent, which was chosen on
-other conversations by where it fires, is among the first ten.  The same answers are looked through for the
-latents of unrelated concepts: that is what a guess would find.
+conversations in which it stands.  An answer is right where a latent that detects the concept is among the
+first ten: the one that was chosen for it on other conversations, or one that, on the conversations asked
+with, tells the concept's tokens about as well, as a concept is often split over several.  The same answers
+are looked through for the latents of unrelated concepts: that is what a guess would find.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import numpy as np
 
 from unbraid.activations.documents import Document
 from unbraid.evaluation.concepts import ConceptRow
+from unbraid.evaluation.labelled import Reading
+from unbraid.evaluation.tokens import count_tokens
 from unbraid.features.find import FindConfig, find
 from unbraid.features.labels.contexts import Contexts
 from unbraid.features.labels.labelling import AT_ONCE, BY, explanations_of
@@ -35,6 +38,8 @@ FIRST = 10
 """Latents of an answer among which the right one has to be."""
 ASKED = 5
 """Phrases, or texts, that are asked with; one of them has to find it."""
+AS_WELL = 0.9
+"""Share of the chosen latent's F1 from which on another one detects a concept as well."""
 SENTENCES = 4000
 """Sentences, in the order of the conversations, that are told apart by whether a concept stands in them."""
 SENTENCE = re.compile(r"[^.!?\n]+[.!?]*")
@@ -47,11 +52,11 @@ class Way:
     """How one way of searching fared."""
 
     found: Mapping[str, bool]
-    """By concept, whether its latent is in the answers."""
+    """By concept, whether a latent that detects it is in the answers."""
     share: Interval
     """Share of the concepts that are found."""
     guessed: float | None
-    """Share of the latents of unrelated concepts in the same answers."""
+    """Share of the unrelated concepts of which a latent is in the same answers."""
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as JSON values."""
@@ -90,7 +95,23 @@ def ways(
         **by_search(rows, contexts, asked),
         "label": by_label(rows, contexts, progress),
     }
-    return {how: judged(rows, found, related) for how, found in answers.items()}
+    as_good = detectors(rows, contexts, documents)
+    return {how: judged(rows, found, related, as_good) for how, found in answers.items()}
+
+
+def detectors(
+    rows: Sequence[ConceptRow], contexts: Contexts, documents: Sequence[Document]
+) -> list[frozenset[int]]:
+    """For each concept its latent and those that tell its tokens in the documents about as well, by F1."""
+    reading = Reading(contexts.site)
+    counts, sums = count_tokens(
+        {"": contexts.sae}, contexts.lm, documents, reading, [row.concept for row in rows]
+    )
+    f1 = 2 * counts[""].both / np.maximum(counts[""].fired + sums.tokens_with[:, None], 1)  # (rows, d_sae)
+    return [
+        frozenset(np.flatnonzero((own > 0) & (own >= AS_WELL * own[row.latent])).tolist()) | {row.latent}
+        for row, own in zip(rows, f1, strict=True)
+    ]
 
 
 def sentences(documents: Iterable[Document]) -> list[Sentence]:
@@ -172,14 +193,19 @@ def by_label(rows: Sequence[ConceptRow], contexts: Contexts, progress: Progress 
     return answers
 
 
-def judged(rows: Sequence[ConceptRow], answers: Sequence[set[int]], related: Related) -> Way:
-    """Which concepts' latents are in their answers, and how many of the unrelated concepts' are."""
-    found = {row.concept: row.latent in some for row, some in zip(rows, answers, strict=True)}
+def judged(
+    rows: Sequence[ConceptRow],
+    answers: Sequence[set[int]],
+    related: Related,
+    detecting: Sequence[frozenset[int]],
+) -> Way:
+    """Which concepts' `detecting` latents are in their answers, and how many unrelated concepts' are."""
+    found = {row.concept: bool(mine & some) for row, some, mine in zip(rows, answers, detecting, strict=True)}
     others = [
-        other.latent in some
-        for row, some in zip(rows, answers, strict=True)
-        for other in rows
-        if other.latent != row.latent and other.concept not in related[row.concept]
+        bool(its & some)
+        for row, some, mine in zip(rows, answers, detecting, strict=True)
+        for other, its in zip(rows, detecting, strict=True)
+        if not its & mine and other.concept not in related[row.concept]
     ]
     return Way(found, rate(list(found.values())), float(np.mean(others)) if others else None)
 
