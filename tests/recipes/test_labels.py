@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from unbraid.activations.documents import Document
 from unbraid.evaluation.concepts import ConceptRow
 from unbraid.features.labels.contexts import Evidence, Window
 from unbraid.features.labels.judges import LexicalJudge
@@ -60,6 +61,8 @@ def test_concepts_at_the_same_place_are_related() -> None:
     standing = related(shares)
     assert "drug=Zolvane" in standing["drug"] and "drug" in standing["drug=Zolvane"]
     assert "symptom" not in standing["drug"]
+    alone = Document.of_messages(({"role": "user", "content": "Hi"},), concepts=((0, "opener", 0, 2),))
+    assert overlaps([alone]) == {"opener": {}} and related(overlaps([alone])) == {"opener": frozenset()}
 
 
 def test_a_pure_latent_stands_out_and_fires_nowhere_else() -> None:

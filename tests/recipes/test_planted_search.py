@@ -23,7 +23,7 @@ def _row(concept: str, latent: int) -> ConceptRow:
 
 def test_a_concept_is_found_where_a_latent_that_detects_it_is_in_the_answers() -> None:
     rows = [_row("a", 1), _row("b", 2), _row("c", 3), _row("d", 1)]
-    related = {name: frozenset[str]() for name in "abcd"} | {"a": frozenset("b"), "b": frozenset("a")}
+    related = {"a": frozenset("b"), "b": frozenset("a"), "c": frozenset[str]()}  # d is not in the texts
     detecting = [frozenset({row.latent}) for row in rows]
     way = judged(rows, [{1, 2, 3}, {1, 9}, {3}, set()], related, detecting)
     assert dict(way.found) == {"a": True, "b": False, "c": True, "d": False}

@@ -38,22 +38,24 @@ SIDE = 512
 def geometry(sae: SAE) -> dict[str, Tensor]:
     """What `DEFINITIONS` takes the means of, each (d_sae,) float32 on the processor, by the same names.
 
-    Empty for architectures whose weights are not one encoder row and one decoder row a latent; the cosine of
-    the two is left out where they live in spaces of different size.
+    Empty for architectures whose weights are not one decoder row a latent; what is about encoder rows is left
+    out where there are none, and the cosine of the two where they live in spaces of different size.
     """
-    encoder, decoder = sae.W_enc.detach().T.float(), sae.W_dec.detach().float()
-    if encoder.shape[0] != len(decoder) or encoder.ndim != 2 or decoder.ndim != 2:
+    decoder, encoder = sae.W_dec.detach().float(), sae.encoder_rows()
+    if decoder.shape[0] != sae.config.d_sae or decoder.ndim != 2:
         return {}
-    read, write = _unit(encoder), _unit(decoder)
-    found = {
-        "encoder_norm": encoder.norm(dim=1),
-        "decoder_norm": decoder.norm(dim=1),
-        "encoder_bias": sae.b_enc.detach().float(),
-        "max_decoder_cosine": nearest(write),
-        "max_encoder_cosine": nearest(read),
-    }
-    if read.shape == write.shape:
-        found["encoder_decoder_cosine"] = (read * write).sum(dim=1)
+    write = _unit(decoder)
+    found = {"decoder_norm": decoder.norm(dim=1), "max_decoder_cosine": nearest(write)}
+    if encoder is not None:
+        encoder = encoder.detach().float()
+        read = _unit(encoder)
+        found |= {
+            "encoder_norm": encoder.norm(dim=1),
+            "encoder_bias": sae.b_enc.detach().float(),
+            "max_encoder_cosine": nearest(read),
+        }
+        if read.shape == write.shape:
+            found["encoder_decoder_cosine"] = (read * write).sum(dim=1)
     return {name: value.cpu() for name, value in found.items()}
 
 

@@ -108,7 +108,7 @@ class Reader:
         """The autoencoder's own codes of x (n, d_in), found faster where they can be."""
         with torch.no_grad():
             if self._screen is None:
-                return self.sae.encode(x.to(self.sae.W_enc.device))
+                return self.sae.encode(x.to(self.sae.W_dec.device))
             return self._screen.encode(x)
 
 

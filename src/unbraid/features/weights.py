@@ -47,17 +47,24 @@ def write_effects(
                 progress(latents.stop, d_sae, "latents read through the unembedding")
 
 
+def _directions(sae: SAE) -> dict[str, Tensor]:
+    """Rows (d_sae, d) of the decoder, and of the encoder where there is one."""
+    rows = {"decoder": sae.W_dec, "encoder": sae.encoder_rows()}
+    return {kind: weights.detach() for kind, weights in rows.items() if weights is not None}
+
+
 def write_neighbours(folder: Path, sae: SAE, beside: Sequence[tuple[SAE, str]], k: int) -> None:
     """The table neighbours: the k latents with the largest cosines, in this autoencoder and those beside it.
 
     Raises UserError where another one's weights have another width.
     """
-    directions = {"decoder": sae.W_dec.detach(), "encoder": sae.W_enc.detach().T}
     found: list[tuple[str, str | None, np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
-    for kind, own in directions.items():
+    for kind, own in _directions(sae).items():
         found.append((kind, None, *nearest(own, None, k)))
         for other, its in beside:
-            theirs = other.W_dec.detach() if kind == "decoder" else other.W_enc.detach().T
+            theirs = _directions(other).get(kind)
+            if theirs is None:
+                continue
             if theirs.shape[1] != own.shape[1]:
                 raise UserError(
                     f"the autoencoder {its[:12]}… of --beside has directions of {theirs.shape[1]} dimensions "

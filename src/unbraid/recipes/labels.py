@@ -179,7 +179,10 @@ def overlaps(documents: Sequence[Document]) -> dict[str, dict[str, float]]:
                 if other_message == message and other != concept and shared > 0:
                     row = both.setdefault(concept, {})
                     row[other] = row.get(other, 0.0) + shared
-    return {concept: {o: n / total[concept] for o, n in row.items()} for concept, row in both.items()}
+    return {
+        concept: {other: shared / length for other, shared in both.get(concept, {}).items()}
+        for concept, length in total.items()
+    }
 
 
 def related(shares: Mapping[str, Mapping[str, float]]) -> Related:
@@ -210,7 +213,7 @@ def rank(
     true = describe(row.concept)
     assert true is not None
     texts = {name: text for name in sorted(related) if (text := describe(name)) and text != true}
-    free = [name for name in texts if name not in related[row.concept] and name != row.concept]
+    free = [name for name in texts if name not in related.get(row.concept, ()) and name != row.concept]
     drawn = np.random.default_rng(seed).permutation(len(free))[:WRONG]
     names = [free[i] for i in drawn.tolist()]
     labelled = [(text, evidence) for text in (true, *(texts[name] for name in names))]

@@ -205,7 +205,7 @@ def judged(
         bool(its & some)
         for row, some, mine in zip(rows, answers, detecting, strict=True)
         for other, its in zip(rows, detecting, strict=True)
-        if not its & mine and other.concept not in related[row.concept]
+        if not its & mine and other.concept not in related.get(row.concept, ())
     ]
     return Way(found, rate(list(found.values())), float(np.mean(others)) if others else None)
 

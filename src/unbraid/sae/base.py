@@ -154,6 +154,10 @@ class SAE(nn.Module, ABC):
         """Where latents (m,) stand in a parameter along its axis of `latent_axes`: here at their numbers."""
         return latents
 
+    def encoder_rows(self) -> Tensor | None:
+        """What each latent reads, (d_sae, d_in); None where there are no weights to read with but W_dec."""
+        return self.W_enc.T
+
     def bypass(self, x: Tensor) -> Tensor | float:
         """What reaches the reconstruction past the latents, (n, d_out); 0 but for skip connections."""
         return 0.0

@@ -51,6 +51,10 @@ class MatchingPursuitSAE(SAE):
         super().__init__(config)
         del self.W_enc, self.b_enc
 
+    def encoder_rows(self) -> None:
+        """None."""
+        return
+
     def encode(self, x: Tensor) -> SparseCodes:
         """Codes of activations x, shape (n, d_in), at most k entries a row."""
         return SparseCodes.concatenate([self._encode(rows) for rows in self.centred(x).split(CHUNK_ROWS)])
