@@ -217,6 +217,7 @@ def test_latents_of_several_sites_cannot_be_edited(name: str) -> None:
         SAEConfig("crosscoder", 12, 40),
         SAEConfig("crosscoder", 12, 40, blocks=(5, 5)),
         SAEConfig("clt", 12, 42, d_out=9, blocks=(5, 7)),
+        SAEConfig("clt", 12, 42, d_out=9, blocks=(4, 4, 4), options={"free_rows": True}),
         SAEConfig("clt", 12, 40, d_out=9, blocks=(4, 4, 4)),
     ],
 )

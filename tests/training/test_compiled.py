@@ -48,6 +48,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "matryoshka": ("matryoshka", {"widths": (10, 40)}),
     "relu": ("relu", {}),
     "jumprelu": ("jumprelu", {"bandwidth": 1.0}),
+    "jumprelu, free rows": ("jumprelu", {"bandwidth": 1.0, "free_rows": True, "pre_act": 0.2}),
     "matryoshka_jumprelu": ("matryoshka_jumprelu", {"bandwidth": 1.0, "widths": (10, 40), "pre_act": 0.2}),
     "jumprelu tanh": ("jumprelu", {"bandwidth": 1.0, "penalty": "tanh", "pre_act": 0.2}),
 }

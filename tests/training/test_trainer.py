@@ -101,6 +101,29 @@ def test_the_saved_autoencoder_does_on_raw_activations_what_training_did(
     assert float(scaled.square().mean()) == pytest.approx(1, rel=0.05)
 
 
+@pytest.mark.parametrize("architecture", ["jumprelu", "matryoshka_jumprelu"])
+def test_free_rows_come_to_unit_length_in_the_saved_autoencoder(
+    store: ActivationStore, tmp_path: Path, architecture: str
+) -> None:
+    options = {"free_rows": True, "l0": 0.3}
+    run = Run(_sources(store), replace(SMALL, architecture=architecture, options=options, steps=60), tmp_path)
+    advance([run], None)
+    (x,) = batches(store, store.sites[0], 500, seed=5, steps=1)
+    with torch.no_grad():
+        lengths, trained = run.sae.W_dec.norm(dim=1), run.sae(run.scaling(x))
+        run.finish("")
+        saved = SAE.from_pretrained(tmp_path)
+        output = saved(x)
+    assert not saved.options.free_rows  # as it is read by whatever reads JumpReLU
+    assert float(lengths.median()) > 0.1 and float(lengths.std()) > 0.01
+    torch.testing.assert_close(saved.W_dec.norm(dim=1), torch.ones(96))
+    scale = run.scaling.unit
+    dense = trained.codes.dense(96) * lengths / scale
+    assert float((dense > 0).float().mean()) > 0.001
+    torch.testing.assert_close(output.codes.dense(96), dense, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(output.x_hat, trained.x_hat / scale + run.scaling.mean, rtol=1e-4, atol=1e-3)
+
+
 def test_the_first_weights_are_not_what_a_world_of_the_same_seed_is_made_of(
     store: ActivationStore, tmp_path: Path
 ) -> None:

@@ -103,6 +103,9 @@ class SAE(nn.Module, ABC):
     next step is lr · (1 − β₁) / √(1 − β₂): 3.2 lr with 0.999, 1.0 lr with 0.99, with which FVU and ΔCE at
     equal L0 were lower (benchmarks/RESULTS.md, "sweep: Adam's β₂")."""
 
+    unit_rows: bool = True
+    """Whether training keeps decoder rows at unit length."""
+
     threshold: Tensor | None
 
     def __init__(self, config: SAEConfig) -> None:
@@ -211,6 +214,8 @@ class SAE(nn.Module, ABC):
     @torch.no_grad()
     def constrain_gradient(self) -> None:
         """Take out of each decoder row's gradient what would only change the row's length, which stays 1."""
+        if not self.unit_rows:
+            return
         grad = self.W_dec.grad
         assert grad is not None
         grad -= (grad * self.W_dec).sum(dim=1, keepdim=True) * self.W_dec
@@ -218,7 +223,8 @@ class SAE(nn.Module, ABC):
     @torch.no_grad()
     def constrain(self) -> None:
         """Return to what the weights have to satisfy: decoder rows of unit length."""
-        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        if self.unit_rows:
+            self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
     @torch.no_grad()
     def fold(self, source: Scaling, target: Scaling) -> None:

@@ -64,6 +64,8 @@ class CrossLayerTranscoder(JumpReLUSAE):
                 f"a cross-layer transcoder over {self.layers} layers needs a width that they divide, not "
                 f"{config.d_sae}; change --width"
             )
+        if self.options.free_rows:
+            raise UserError("a cross-layer transcoder has no free rows; leave out --set free_rows")
         each = config.d_sae // self.layers
         self.sizes = [(layer + 1) * each for layer in range(self.layers)]
         self.W_enc = nn.Parameter(torch.zeros(config.blocks[0], config.d_sae))

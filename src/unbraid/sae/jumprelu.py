@@ -18,12 +18,15 @@ The step function has no gradient, so one is put in its place: with a window K(u
 and, with `through_encoder` (Anthropic's way), the negative of these for p. The last term reaches latents
 that never fire; it counts only those here. θ itself is trained, not its logarithm, and kept from falling
 below 0, so that Adam can move it from a small start.
+
+Rows of W_dec have unit length, or, with `free_rows`, any length while it trains: they begin short, with an
+encoder as short, and what comes out is the same autoencoder written with rows of unit length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -35,6 +38,9 @@ from unbraid.sae.elementwise import ElementwiseSAE, Entries
 from unbraid.sae.objective import StepContext, StepReport
 from unbraid.sae.options import EDGE, Positive, Weight
 from unbraid.sae.scaling import Scaling
+
+ROW_START = 0.1
+"""Length of free decoder rows to begin with."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,9 @@ class JumpReLUOptions:
     """Whether the window's gradient also reaches pre-activations, and so encoder and biases."""
     pre_act: Weight = 0.001
     """Weight μ of the term that pulls dead latents towards their thresholds."""
+    free_rows: bool = False
+    """Whether decoder rows may have any length while it trains. Latents are then better detectors of planted
+    features, and explain less of real activations (benchmarks/RESULTS.md, "synthetic")."""
 
 
 class JumpReLUSAE(ElementwiseSAE):
@@ -73,6 +82,7 @@ class JumpReLUSAE(ElementwiseSAE):
     def __init__(self, config: SAEConfig) -> None:
         super().__init__(config)
         self.threshold = nn.Parameter(torch.zeros(config.d_sae))  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.unit_rows = not self.options.free_rows
 
     def activate(self, entries: Entries) -> Tensor:
         """p where it exceeds the threshold."""
@@ -111,26 +121,45 @@ class JumpReLUSAE(ElementwiseSAE):
 
     @torch.no_grad()
     def initialise(self, x: Tensor, target: Tensor, generator: torch.Generator) -> None:
-        """As every autoencoder, with all thresholds where the options say."""
+        """As every autoencoder, with all thresholds where the options say; free rows begin short."""
         self.threshold.fill_(self.options.start)
         super().initialise(x, target, generator)
+        if not self.unit_rows:
+            self.W_dec *= ROW_START / self.row_norms()[:, None]
+            self.W_enc.copy_(self.reading_directions(x, target))
 
     @torch.no_grad()
     def constrain(self) -> None:
-        """Decoder rows of unit length, thresholds of 0 or more."""
+        """Decoder rows of unit length where they are not free, thresholds of 0 or more."""
         super().constrain()
         self.threshold.clamp_(min=0)
 
     @torch.no_grad()
     def fold(self, source: Scaling, target: Scaling) -> None:
-        """Thresholds are in the units of the latents."""
+        """Thresholds are in the units of the latents; free rows come to unit length."""
+        if not self.unit_rows:
+            length = self.row_norms().clamp(min=1e-12)
+            self.W_dec /= length[:, None]
+            for weight in (self.W_enc, self.b_enc, self.threshold):
+                weight *= length
         super().fold(source, target)
         self.threshold.div_(target.unit)
 
+    def calibrated(self, batches: Sequence[Tensor]) -> JumpReLUSAE:
+        """Its rows are not free any more."""
+        if self.unit_rows:
+            return self
+        sae = type(self)(replace(self.config, options={**self.config.options, "free_rows": False}))
+        sae.load_state_dict(self.state_dict())
+        return sae
+
     @torch.no_grad()
     def revive(self, latents: Tensor, x: Tensor, target: Tensor) -> None:
-        """Also give revived latents a usual threshold."""
+        """Also give revived latents a usual threshold, and free rows a usual length."""
+        usual = self.row_norms().median()
         super().revive(latents, x, target)
+        if not self.unit_rows:
+            self.W_dec[latents] *= usual
         self.threshold[latents] = self.threshold.median()
 
 

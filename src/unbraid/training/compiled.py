@@ -155,6 +155,7 @@ class CompiledStep(ABC):
                 self.W_enc, self.W_dec, *self.moments, d_b_enc, back[part],
                 self.screen.shadow, self.screen.shift, self.screen.unit, self.screen.length,
                 lr / unbias_mean, 1 / unbias_square, BETA_MEAN, beta_square, EPSILON,
+                sae.unit_rows,
             )  # fmt: skip
 
         cpu.side_by_side(backward, range(PARTS), self.threads)

@@ -167,11 +167,12 @@ class JumpReLUStep(OwnThresholdStep):
         latents, F = context.dead.nonzero().squeeze(1), self.sae.config.d_sae
         if not self.own.options.pre_act or not len(latents):
             return super().auxiliary(x, error, StepContext(context.dead))
-        enc, _, bias, shift = self.leaves(latents)
+        enc, dec, bias, shift = self.leaves(latents)
         theta = self.own.threshold.detach()[latents].requires_grad_()
         factor = context.ramp * self.own.options.pre_act / x.numel()
         for rows in x.split(CHUNK_ROWS):
-            (factor * (theta - ((rows - shift) @ enc.T + bias)).relu().sum()).backward()
+            short = (theta - ((rows - shift) @ enc.T + bias)).relu()
+            (factor * (short * dec.norm(dim=1)).sum()).backward()
         assert self.own.threshold.grad is not None and theta.grad is not None
         self.own.threshold.grad.index_add_(0, latents, theta.grad)
-        return Extra.of(latents, F, enc.grad, None, bias.grad, self.at_input(shift))
+        return Extra.of(latents, F, enc.grad, dec.grad, bias.grad, self.at_input(shift))

@@ -42,5 +42,7 @@ def compiled(sae: SAE, optimizer: Adam, *, precision: Precision | None = None) -
     if type(sae) is ReLUSAE:
         return ReLUStep(sae, optimizer, precision=precision)
     if type(sae) is JumpReLUSAE or type(sae) is MatryoshkaJumpReLUSAE:
-        return None if sae.options.through_encoder else JumpReLUStep(sae, optimizer, precision=precision)
+        # Loops have neither the window's gradient for the encoder nor the tanh term's for a row's length.
+        plain = sae.options.through_encoder or (sae.options.penalty == "tanh" and not sae.unit_rows)
+        return None if plain else JumpReLUStep(sae, optimizer, precision=precision)
     return None

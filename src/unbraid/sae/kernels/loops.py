@@ -710,13 +710,15 @@ def update(
     beta1: float,
     beta2: float,
     eps: float,
+    unit_rows: bool,
 ) -> None:
     """Move latents begin … end − 1 by their gradients, in one pass over their rows of every matrix.
 
     For each latent: Σ gradient · x[row] and scale · Σ value · error[m, row] over its entries, where latent j
     is one of edges[m] … edges[m + 1] − 1; plus row extra[j] of extra_enc and extra_dec where that is not −1;
-    what would change the decoder row's length alone is taken out; Adam; the decoder row's length
-    is set to 1; the encoder row is quantised for the next screen, see `quantise_latents`.
+    with `unit_rows`, what would change the decoder row's length alone is taken out; Adam; with it, too,
+    the decoder row's length is set to 1; the encoder row is quantised for the next screen, see
+    `quantise_latents`.
     d_bias: (F,), gradients of b_enc; back: (d,), to which Σ d_bias[j] · W_enc[j] is added, with the weights
     from before: what the codes' gradient is in the activations.
     """
@@ -744,12 +746,14 @@ def update(
         d_bias[j] = total
         for c in range(d):
             back[c] += total * W_enc[j, c]
-        along = _dot(dec, W_dec[j])
-        for c in range(d):
-            dec[c] -= along * W_dec[j, c]
+        if unit_rows:
+            along = _dot(dec, W_dec[j])
+            for c in range(d):
+                dec[c] -= along * W_dec[j, c]
         _adam(W_enc[j], enc, m_enc[j], s_enc[j], lr, unbias, beta1, beta2, eps)
         _adam(W_dec[j], dec, m_dec[j], s_dec[j], lr, unbias, beta1, beta2, eps)
-        shrink = np.float32(1) / max(np.sqrt(_dot(W_dec[j], W_dec[j])), np.float32(1e-12))
-        for c in range(d):
-            W_dec[j, c] *= shrink
+        if unit_rows:
+            shrink = np.float32(1) / max(np.sqrt(_dot(W_dec[j], W_dec[j])), np.float32(1e-12))
+            for c in range(d):
+                W_dec[j, c] *= shrink
     quantise_latents(begin, end, W_enc, shadow, shift, unit, length)
