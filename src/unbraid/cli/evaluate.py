@@ -26,6 +26,7 @@ from unbraid.evaluation.references import REFERENCES, Reference
 from unbraid.evaluation.report import table
 from unbraid.evaluation.suites import Suite, as_record, check_suites, run_suites
 from unbraid.manifest.errors import UserError
+from unbraid.manifest.files import require_new
 from unbraid.recipes.scorecard import Scored, write
 from unbraid.stats.bootstrap import Interval
 
@@ -81,8 +82,8 @@ def run(options: Options) -> int:
     check_suites(options.suite, len(options.sae))
     if options.suite_documents < 1:
         raise UserError(f"suite_documents is {options.suite_documents}; choose 1 or more")
-    if options.out is not None and options.out.exists():
-        raise UserError(f"{options.out} exists already; choose another --out or delete it")
+    if options.out is not None:
+        require_new(options.out)
     next(read_documents(options.text))  # a wrong file is told before a large model is loaded
     lm = open_model(options.model, device=options.device)
     opened = [open_sae(folder, lm) for folder in options.sae]

@@ -9,7 +9,7 @@ from typing import Literal
 from unbraid.cli.progress import shown
 from unbraid.cli.saes import both_of, sae_of
 from unbraid.features.exchange import delphi, neuronpedia, saedashboard
-from unbraid.features.exchange.neuronpedia import CREATOR, Names, layer_of
+from unbraid.features.exchange.neuronpedia import CREATOR, SOURCE_SET, Names, layer_of
 from unbraid.features.labels.store import Labels
 from unbraid.features.page import Index
 from unbraid.manifest.errors import UserError
@@ -27,7 +27,7 @@ class Options:
     """Folder to make; Neuronpedia's has {model}/{source} below it."""
     model_id: str = ""
     """What the model is called there, such as gemma-2-2b; the index's name of it when left out."""
-    source_set: str = "unbraid"
+    source_set: str = SOURCE_SET
     """Name of the set of sources there, such as res-16k."""
     layer: int | None = None
     """Number of the layer; the site's when left out."""

@@ -128,10 +128,12 @@ def show(result: FindResult, console: Console) -> None:
     """Print a result as a table, or say that there is none and how near the best latent came."""
     positive, negative = result.counts["report"]
     if not result.latents:
+        ranked = result.counts["rank"]
         console.print(
             f"No latent separates the two sets: the best of {result.searched:,} reaches AUROC "
             f"{result.best_seen:.3f} where chance reaches {result.null_quantile:.3f} "
-            f"(p = {result.p_anything:.3f}, {result.config['permutations']} permutations)."
+            f"(p = {result.p_anything:.3f}, {result.config['permutations']} permutations), on the "
+            f"{ranked[0]} + {ranked[1]} documents that rank the latents."
         )
         return
     table = Table(

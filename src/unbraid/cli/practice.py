@@ -21,7 +21,7 @@ from unbraid.cli.planted import Judge, Planted, plant, weigh
 from unbraid.cli.planted_labels import PlantedLabels, rank_descriptions
 from unbraid.cli.progress import shown
 from unbraid.manifest.errors import IntegrityError, UserError
-from unbraid.manifest.files import building, write_json, write_text
+from unbraid.manifest.files import building, require_new, write_json, write_text
 from unbraid.manifest.record import write_manifest
 from unbraid.practice.assistant import AssistantConfig, folder, train
 from unbraid.practice.card import TrainingRun, save_assistant, use_threads, verify_claims
@@ -139,8 +139,7 @@ def run(
 
 
 def _train(options: Train) -> None:
-    if options.out.exists():
-        raise UserError(f"{options.out} exists already; choose another --out or delete it")
+    require_new(options.out)
     threads = use_threads(options.threads)
     started, last = time.monotonic(), [0.0]
     with shown("practice train", "steps") as progress:
@@ -169,8 +168,7 @@ def _verify(options: Verify) -> None:
 
 
 def _write(options: Write) -> None:
-    if options.out.exists():
-        raise UserError(f"{options.out} exists already; choose another --out or delete it")
+    require_new(options.out)
     from unbraid.practice.topics import TOPICS
 
     topics = ("medical advice", *TOPICS, "benign")

@@ -69,6 +69,8 @@ def run(options: Options) -> None:
         raise UserError(f"say what to look for with one of {', '.join(ways)}, not {len(chosen)} of them")
     if options.limit < 1:
         raise UserError(f"limit is {options.limit}; it must be at least 1")
+    if options.order and chosen and chosen[0] not in ("--where", "--activates-on"):
+        raise UserError(f"{chosen[0]} has an order of its own; leave out --order")
     index = Index(options.index)
     search = Search(index, Labels.of_index(index))
     hits = _found(options, search)
@@ -108,6 +110,8 @@ def _found(options: Options, search: Search) -> list[Hit]:
 def _text(given: str) -> str:
     """The content of a file of that name, where there is one, else what was given."""
     try:
+        if Path(given).is_dir():
+            raise UserError(f"{given} is a folder; give a text, or a file that holds one")
         return Path(given).read_text(encoding="utf-8") if Path(given).is_file() else given
     except UnicodeDecodeError as error:
         raise UserError(f"{given} is no UTF-8 text; save it as UTF-8") from error

@@ -22,6 +22,7 @@ from unbraid.cli.models import open_model
 from unbraid.cli.progress import shown
 from unbraid.cli.saes import open_sae, this_command
 from unbraid.manifest.errors import UserError
+from unbraid.manifest.files import require_new
 from unbraid.model.load import LanguageModel
 from unbraid.model.sites import Site
 from unbraid.sae.base import SAE
@@ -75,8 +76,8 @@ class Options:
 
 def run(options: Options) -> None:
     """Choose on the first split, measure on the second, print and, where asked, write the finding."""
-    if options.out is not None and options.out.exists():
-        raise UserError(f"{options.out} exists already; choose another --out or delete it")
+    if options.out is not None:
+        require_new(options.out)
     if not 0 <= options.choose_share < 1:
         raise UserError(f"--choose-share is {options.choose_share}; it must be at least 0 and below 1")
     probes = _split(read_probes(options.prompts), options.choose_share)

@@ -65,6 +65,8 @@ class FindConfig:
         total = math.fsum(self.shares.values())
         if set(self.shares) != set(SPLITS) or min(self.shares.values()) <= 0 or abs(total - 1) > 1e-9:
             raise UserError(f"shares must be positive, sum to 1 and name {', '.join(SPLITS)}")
+        if self.top < 1:
+            raise UserError(f"top is {self.top}; it must be at least 1")
         if not 0 < self.alpha < 1:
             raise UserError(f"alpha is {self.alpha}; it must lie between 0 and 1")
         if self.permutations * self.alpha < 1:

@@ -16,7 +16,7 @@ from unbraid.features.geometry import TokenEffect
 from unbraid.features.groups import Edges, intervals_of, quantiles_of
 from unbraid.features.tables import LAYOUT, SCHEMAS, Passages, Table
 from unbraid.manifest.errors import UserError
-from unbraid.manifest.record import Manifest, read_manifest
+from unbraid.manifest.record import Manifest, check_sizes, read_manifest
 
 if TYPE_CHECKING:  # building an index does without its memory
     import duckdb
@@ -195,7 +195,8 @@ class LatentPage:
 class Index:
     """An index folder, open for reading by any number of threads.
 
-    Raises UserError when the folder holds no index, or one that an earlier version made.
+    Raises UserError when the folder holds no index, or one that an earlier version made, and IntegrityError
+    when one of its files is missing or not as long as it was.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -203,6 +204,7 @@ class Index:
         self.manifest: Manifest = read_manifest(self.folder, kind="index")
         if self.manifest.facts.get("layout") != LAYOUT:
             raise UserError(f"{self.folder} was made by another version of unbraid; index the corpus again")
+        check_sizes(self.folder, self.manifest)
         self.passages = Passages(self.folder)
 
     @property

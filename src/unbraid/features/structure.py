@@ -22,7 +22,7 @@ from unbraid.features.structure_geometry import antonyms, children, map_of
 from unbraid.features.structure_kinds import Kinds, kinds_of
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.files import building
-from unbraid.manifest.record import Manifest, read_manifest, write_manifest
+from unbraid.manifest.record import Manifest, check_sizes, read_manifest, write_manifest
 from unbraid.sae.base import SAE
 
 
@@ -233,11 +233,13 @@ class Place:
 
 
 class Structure:
-    """A structure folder.  Raises UserError when the folder holds none."""
+    """A structure folder.  Raises UserError when the folder holds none, and IntegrityError when one of its
+    files is missing or not as long as it was."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         self.manifest: Manifest = read_manifest(self.folder, kind="structure")
+        check_sizes(self.folder, self.manifest)
 
     def table(self, name: str) -> Any:
         """One of the tables latents, clusters, antonyms, children and, with a wider index, contained."""

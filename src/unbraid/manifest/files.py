@@ -26,8 +26,10 @@ def writing(path: Path) -> Generator[Path, None, None]:
     For libraries that write a file themselves (Parquet, safetensors); its folder is made if it is missing.
     Whoever writes it, the umask says who may read it.  On an error the temporary file is removed and whatever
     stood at `path` stays. Raises OSError, naming `path`, when the disk is full or the system refuses
-    otherwise.
+    otherwise, and UserError where `path` is a folder.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file in it")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
     with becoming(temporary, path):
@@ -109,6 +111,12 @@ def is_held(out: Path) -> bool:
     return False
 
 
+def require_new(out: Path) -> None:
+    """Raise UserError where something exists that is to be made; before long work, as `building` asks too."""
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another --out or delete it")
+
+
 @contextmanager
 def building(out: Path) -> Generator[Path, None, None]:
     """Yield the folder `.<name>.partial` beside `out`; flush it and rename it to `out` on a clean exit.
@@ -121,8 +129,7 @@ def building(out: Path) -> Generator[Path, None, None]:
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:[/\\]", str(out)):  # a Path has made one slash of a URL's two
         raise UserError(f"{out} is a URL, where only `unbraid capture` can write; choose a folder for --out")
     out = Path(os.path.abspath(out))
-    if out.exists():
-        raise UserError(f"{out} exists already; choose another --out or delete it")
+    require_new(out)
     partial = partial_of(out)
     try:
         partial.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
@@ -211,6 +211,18 @@ def check_files(folder: Path) -> Manifest:
         expected = manifest.files[name]
         expected.require(FileEntry.of(path, expected.digest[0]), path)
     return manifest
+
+
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """Look whether every file of an artifact is there and as long as listed, which is quick.
+
+    Raises IntegrityError naming the first that is not.
+    """
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise IntegrityError(f"{path} is missing; restore it or make the artifact again")
+        entry.require(replace(entry, bytes=path.stat().st_size), path)
 
 
 def list_files(folder: Path) -> list[str]:

@@ -70,7 +70,7 @@ def generate(
     if lm.context is not None and longest + max_new_tokens > lm.context:
         raise UserError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit into the model's context "
-            f"of {lm.context}; shorten the prompt or max_new_tokens"
+            f"of {lm.context}; shorten the prompt or ask for fewer new tokens"
         )
     replies: list[Reply | None] = [None] * len(prompts)
     # Rows of like length waste the least on padding.

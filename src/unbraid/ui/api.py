@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 
 from unbraid.manifest.errors import UserError
 from unbraid.ui import readings, views
-from unbraid.ui.shelf import Shelf, Source
+from unbraid.ui.shelf import NotFoundError, Shelf, Source
 from unbraid.ui.workbench import Continuation, Method, Steering, Workbench, by_latent
 
 Text = Annotated[str, Field(max_length=20_000)]
@@ -181,6 +181,10 @@ def _add_own(app: FastAPI, shelf: Shelf, bench: Workbench) -> None:
     def review(key: str, label: str, body: Verdict) -> dict[str, Any]:  # pyright: ignore
         """Accept or reject a label, or send it back."""
         source = shelf.source(key)
+        if not source.labels.ask("SELECT 1 FROM labels WHERE id = ?", [label]):
+            raise NotFoundError(
+                f"there is no label {label[:64]!r} here; the review page lists those that wait"
+            )
         return source.labels.review(label, body.verdict, by=body.by, why=body.why).as_dict()
 
     @app.post("/i/{key}/lists/{name:path}")

@@ -85,6 +85,8 @@ def _add_errors(app: FastAPI, pages: Pages) -> None:
     def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return pages.error(request, 422, "the request's body is no JSON")
         place = ".".join(str(part) for part in first["loc"][1:])
         return pages.error(request, 422, f"{place or 'the request'}: {first['msg']}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import json
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -208,16 +209,21 @@ def _register(
 
 def _wants_json(request: Request) -> bool:
     accept = request.headers.get("accept", "")
-    return request.url.path.endswith(".json") or ("application/json" in accept and "text/html" not in accept)
+    if request.url.path.endswith((".json", "/context")):
+        return True
+    return "application/json" in accept and "text/html" not in accept
 
 
 def _share(text: str) -> float | None:
     if not text.strip():
         return None
     try:
-        return float(text)
-    except ValueError as error:
-        raise UserError(f"{text!r} is no number; write a density such as 0.01") from error
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"{text!r} is no number; write a density such as 0.01")
+    return value
 
 
 def _whole(text: str) -> int:

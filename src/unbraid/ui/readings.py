@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
+from unbraid.features.labels.label import checked_status
 from unbraid.features.labels.store import Labels
 from unbraid.features.search import Hit
 from unbraid.features.search_activation import Reading
@@ -17,6 +19,8 @@ from unbraid.ui.workbench import Workbench, by_latent
 
 WAYS = ("text", "meaning", "activation", "statistics")
 """How latents can be searched."""
+ORDERS = ("", "surprise", "activation")
+"""Of what a pasted text activates; see `Search.activation`."""
 FOUND = 50
 """Latents that a search or a reading shows."""
 PER_TOKEN = 8
@@ -49,16 +53,21 @@ def search(source: Source, bench: Workbench, *, query: str, by: str, order: str)
 
 def _hits(source: Source, bench: Workbench, query: str, by: str, order: str) -> list[Hit]:
     found = source.search
+    if order and by in ("text", "meaning"):
+        raise UserError(f"a search by {by} has an order of its own; leave out order")
     if by == "text":
         return found.text(query, FOUND)
     if by == "meaning":
         return found.meaning(query, FOUND)
     if by == "statistics":
         return found.statistics(query.replace(",", " ").split(), order or "-density", FOUND)
+    if order not in ORDERS:
+        raise UserError(f"order is {order[:40]!r}; with activation use {' or '.join(ORDERS[1:])}")
     bench.check_text(query)
     sae = bench.sae(source)
     with bench.turn():
-        return found.activation(sae, bench.model(source), query, FOUND)
+        way: Any = order or "surprise"
+        return found.activation(sae, bench.model(source), query, FOUND, order=way)
 
 
 def prompt(source: Source, bench: Workbench, text: str) -> dict[str, Any]:
@@ -152,7 +161,7 @@ def lists(source: Source) -> dict[str, Any]:
     return {
         "index": about(source),
         "lists": [
-            {"name": name, "size": size, "url": f"/i/{source.key}/lists/{name}"}
+            {"name": name, "size": size, "url": f"/i/{source.key}/lists/{quote(name, safe='')}"}
             for name, size in source.labels.lists().items()
         ],
     }
@@ -174,6 +183,8 @@ def one_list(source: Source, name: str) -> dict[str, Any]:
 def review(shelf: Shelf, source: Source, *, by: str, status: str, at: int) -> dict[str, Any]:
     """One label of the queue with its latent's examples, and where the others are."""
     labels: Labels = source.labels
+    if status:
+        checked_status(status)
     queue = labels.queue(by=by, status=status, limit=500)
     at = min(max(at, 0), max(len(queue) - 1, 0))
     label = queue[at] if queue else None

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from unbraid.causal.finding import Finding, load_finding
+from unbraid.features.exchange.neuronpedia import SOURCE_SET, layer_of
 from unbraid.features.labels.store import Labels
 from unbraid.features.page import Index
 from unbraid.features.search import Search
@@ -19,6 +20,8 @@ from unbraid.manifest.record import MANIFEST, Manifest, read_manifest
 
 KEY_DIGITS = 12
 """Hexadecimal digits of an index's content id that name it in links."""
+MOST_NAMED = 5
+"""Indexes that are named where none is found."""
 MOST_FOLDERS = 20_000
 """Folders that are looked into."""
 
@@ -73,6 +76,11 @@ class Source:
     def model_name(self) -> str:
         """What people call its model."""
         return str(self.index.manifest.facts["model_name"])
+
+    @property
+    def exported_as(self) -> str:
+        """The source's id in what `unbraid export` writes where nothing else is said."""
+        return f"{layer_of(self.site)}-{SOURCE_SET}"
 
     @property
     def sae_id(self) -> str:
@@ -153,17 +161,20 @@ class Shelf:
         return next((source for source in self.sources if own(source) == id), None)
 
     def named(self, model: str, layer: str) -> Source:
-        """The index of a model (by its name) at a site, or with a key or folder name.
+        """The index of a model (by its name) at a site, or with a key, a folder name, or the source's id that
+        `unbraid export` gives it.
 
         Raises NotFoundError where there is none, and UserError where there are several.
         """
         found = [
             source
             for source in self.sources
-            if model in (source.model_name, source.key) and layer in (source.site, source.key, source.name)
+            if model in (source.model_name, source.key)
+            and layer in (source.site, source.key, source.name, source.exported_as)
         ]
         if not found:
-            raise NotFoundError(f"there is no index of {model[:64]!r} at {layer[:64]!r} here")
+            there = "; ".join(f"{s.model_name!r} at {s.site!r}" for s in self.sources[:MOST_NAMED])
+            raise NotFoundError(f"there is no index of {model[:64]!r} at {layer[:64]!r} here, but of {there}")
         if len(found) > 1:
             keys = ", ".join(source.key for source in found)
             raise UserError(

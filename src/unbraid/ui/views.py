@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from unbraid.causal.finding import Finding, Row
+from unbraid.features.labels.label import checked_status
 from unbraid.features.page import Example, LatentPage
 from unbraid.manifest.errors import IntegrityError, UserError
 from unbraid.ui import maps
@@ -116,6 +117,7 @@ def latents_table(source: Source, *, sort: str, where: Mapping[str, Any], page: 
         conditions.append("len(list_filter(w.promoted, lambda t: contains(lower(t), lower(?)))) > 0")
         values.append(str(token))
     if status := where.get("status"):
+        checked_status(status)
         chosen = [j for j, label in source.labels.current().items() if label.status == status]
         conditions.append(f"l.latent IN ({','.join(map(str, chosen)) or 'NULL'})")
     way = "DESC" if sort.startswith("-") else "ASC"

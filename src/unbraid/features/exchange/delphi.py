@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from unbraid.features.page import Index
 from unbraid.features.rows import site_of
 from unbraid.manifest.errors import UserError
-from unbraid.manifest.files import building, write_json, writing
+from unbraid.manifest.files import building, require_new, write_json, writing
 from unbraid.manifest.progress import Progress
 from unbraid.model.load import LanguageModel
 from unbraid.model.read import read_sites
@@ -51,6 +51,7 @@ def export(
     """
     if files < 1 or tokens < 1 or context < 1:
         raise UserError("files, tokens and context must be at least 1")
+    require_new(Path(out))
     site = site_of(sae, lm, Site.parse(str(index.manifest.facts["site"])))
     passages = _first_passages(index, tokens)
     starts = np.cumsum([0, *map(len, passages)])  # of each passage in the stream, and its end

@@ -31,6 +31,8 @@ BATCH = 1024
 STEER = 3.0
 """Default steering strength, in units of the largest activation."""
 CREATOR = "clkht01d40000jv08hvalcvly"
+SOURCE_SET = "unbraid"
+"""What our set of sources is called where nothing else is said."""
 """The account that every Neuronpedia begins with, for what belongs to nobody else."""
 OWN = "neuronpedia"
 """How labels from there are told from others: who said it, and what kind they are when nobody said."""
@@ -52,6 +54,8 @@ class Names:
     """Id of the account that the records belong to."""
 
     def __post_init__(self) -> None:
+        if self.layer < 0:
+            raise UserError(f"layer is {self.layer}; it must be at least 0")
         for name, value in (("model", self.model), ("source_set", self.source_set)):
             if not value or "/" in value or "\\" in value or value.startswith("."):
                 raise UserError(f"{name} is {value!r}, which cannot be the name of a folder; choose another")
@@ -224,17 +228,22 @@ def layer_of(site: str) -> int | None:
 def import_labels(path: Path, labels: Labels, index: Index, *, source: str = "") -> int:
     """Propose every explanation of an export that is not here yet, all of them or none.
 
-    `path` is {model}/{source}, its explanations/, or one of the files there.  Of several sources `source`,
-    such as 20-res-16k, names the one that is meant.  The labels are hypotheses like any other, by
+    `path` is an export, its {model}/{source}, the explanations/ in that, or one of the files there.  Of
+    several sources `source`, such as 20-res-16k, names the one that is meant.  The labels are hypotheses like any other, by
     "neuronpedia" with their author's id; returns how many are new.  Raises UserError, naming file and line,
     where one cannot be read, and where they are of several sources or of another layer than the index, unless
     `source` says that they are meant: nothing else in a file tells whose latents it explains.
     """
-    place = path / "explanations" if (path / "explanations").is_dir() else path
-    files = sorted([*place.glob("*.jsonl.gz"), *place.glob("*.jsonl")]) if place.is_dir() else [place]
+    places = [path / "explanations"] if (path / "explanations").is_dir() else []
+    places = places or sorted(path.glob("*/*/explanations")) or [path]
+    found_in = [
+        [*place.glob("*.jsonl.gz"), *place.glob("*.jsonl")] if place.is_dir() else [place] for place in places
+    ]
+    files = sorted(file for some in found_in for file in some)
     if not files or not all(file.is_file() for file in files):
         raise UserError(
-            f"{path} holds no explanations: batch-0.jsonl.gz and so on are expected; check the path"
+            f"{path} holds no explanations: explanations/batch-0.jsonl.gz and so on are expected in it; "
+            "check the path"
         )
     found: dict[tuple[str, str], list[tuple[str, Any]]] = {}
     for file in files:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -131,6 +132,10 @@ class Endpoint:
     ) -> None:
         if not config.base_url or not config.model_name:
             raise UserError("an LLM needs --base-url and --model-name; or use --explainer lexical")
+        if not re.match(r"https?://[^/\s]", config.base_url):
+            raise UserError(
+                f"--base-url is {config.base_url!r}, which is no address such as http://127.0.0.1:8000/v1"
+            )
         try:
             import openai
         except ImportError as error:

@@ -18,6 +18,7 @@ from unbraid.manifest.identity import canonical_json, sha256_bytes
 Verdict = Literal["accepted", "rejected", "needs work"]
 Status = Literal["proposed", "accepted", "rejected", "needs work"]
 VERDICTS: tuple[str, ...] = get_args(Verdict)
+STATUSES: tuple[str, ...] = get_args(Status)
 
 LONGEST_TEXT = 500
 """Characters of a label."""
@@ -123,6 +124,13 @@ def checked_verdict(verdict: str) -> Verdict:
     if verdict not in VERDICTS:
         raise UserError(f"there is no verdict {verdict!r}; choose one of {', '.join(VERDICTS)}")
     return cast(Verdict, verdict)
+
+
+def checked_status(status: str) -> Status:
+    """The status; raises UserError where there is no such one."""
+    if status not in STATUSES:
+        raise UserError(f"there is no status {status[:40]!r}; choose one of {', '.join(STATUSES)}")
+    return cast(Status, status)
 
 
 def checked_scores(scores: Mapping[str, Any]) -> str:
