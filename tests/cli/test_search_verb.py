@@ -69,6 +69,8 @@ def test_text_of_the_corpus_is_no_markup(index: Path, capsys: pytest.CaptureFixt
         (["--text", "a", "--limit", "0"], "at least 1"),
         (["--where", "densty<1"], "no number 'densty'"),
         (["--activates-on", "a", "--order", "max"], "use surprise or activation"),
+        (["--activates-on", "."], ". is a folder; give a text"),
+        (["--text", "a", "--order", "count"], "--text has an order of its own; leave out --order"),
         (["--direction", "text.txt"], "is no .npy file"),
         (["--meaning", "b", "--embedder", "nowhere"], "holds no embedding model"),
     ],

@@ -114,6 +114,16 @@ def test_neuronpedias_import_finds_what_its_tables_demand(index: Index, tmp_path
     assert {e["authorId"] for e in found} == {neuronpedia.CREATOR}
 
 
+def test_a_folder_that_is_there_and_a_layer_that_is_not_are_refused_at_once(
+    index: Index, made_sae: SAE, tmp_path: Path
+) -> None:
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match="there exists already"):  # before a model is needed
+        delphi.export(index, tmp_path / "there", made_sae, None)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match="layer is -3"):
+        Names("gemma-2-2b", -3, "res")
+
+
 def test_neuronpedia_gets_no_empty_file(
     index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,6 +289,8 @@ def test_labels_come_back_from_our_own_export(index: Index, tmp_path: Path) -> N
     assert import_labels(folder, other, index) == 1
     # What kind it was stands in the notes alone: Neuronpedia has types of its own.
     assert (other.of(1)[0].text, other.of(1)[0].kind, other.of(1)[0].model) == ("pans", "neuronpedia", None)
+    third = Labels(tmp_path / "third.sqlite", "an autoencoder")
+    assert import_labels(tmp_path / "np", third, index) == 1  # the folder that was given to the export
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,8 @@ def test_too_few_documents_are_refused() -> None:
         find(scores[:4], scores[4:], _ids(8))
     with pytest.raises(UserError, match="permutations can never show"):
         FindConfig(permutations=10)
+    with pytest.raises(UserError, match="top is -2; it must be at least 1"):
+        FindConfig(top=-2)
 
 
 @settings(max_examples=50, deadline=None)

@@ -133,6 +133,11 @@ def test_building_refuses_what_exists_and_leaves_no_trace_of_a_refusal(tmp_path:
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_folder_is_no_file_to_write(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a folder; name a file in it"):
+        write_text(tmp_path, "x")
+
+
 def test_building_names_an_impossible_place(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="choose another --out"), building(tmp_path / "file" / "out"):

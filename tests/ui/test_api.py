@@ -151,7 +151,8 @@ def test_neuronpedias_feature(client: TestClient, world: World) -> None:
     assert client.get("/api/feature/made/index/3").json() == data
     several = client.get(f"/api/feature/made/{SITE}/3")
     assert several.status_code == 400 and world.source.key in several.json()["error"]
-    assert client.get(f"/api/feature/other/{SITE}/3").status_code == 404
+    other = client.get(f"/api/feature/other/{SITE}/3")
+    assert other.status_code == 404 and f"'made' at '{SITE}'" in other.json()["error"]
     assert client.get(f"/api/feature/made/{world.source.key}/500").status_code == 404
 
 
@@ -170,7 +171,7 @@ def test_a_label_is_proposed_and_reviewed(client: TestClient, world: World) -> N
     assert done["status"] == "rejected" and done["reviews"][0]["why"] == "not text"
     assert client.post(path, json={"verdict": "maybe", "by": "Ben"}).status_code == 400
     missing = client.post(f"{world.base}/labels/none/review", json={"verdict": "accepted", "by": "Ben"})
-    assert missing.status_code == 400
+    assert missing.status_code == 404
     lines = client.get(f"{world.base}/labels.jsonl").text.splitlines()
     assert any(json.loads(line).get("why") == "not text" for line in lines)
 
@@ -193,6 +194,8 @@ def test_a_label_is_proposed_and_reviewed(client: TestClient, world: World) -> N
         ("{base}/steer", {"prompt": "x", "features": [{"latent": 3}], "new_tokens": 9999}, 422),
         ("{base}/steer", {"prompt": "x", "features": [{"latent": 3, "strength": 1e400}]}, 422),
         ("{base}/lists/a", {"latent": 999, "keep": True}, 404),
+        ("{base}/lists/a.json", {"latent": 3, "keep": True}, 400),
+        ("{base}/lists/%2E%2E", {"latent": 3, "keep": True}, 400),
         ("{base}/latents/3/labels", {"text": " ", "by": "Ann"}, 400),
         ("{base}/latents/3/labels", {"text": "a\u202eb", "by": "Ann"}, 400),
         ("/api/steer", {"prompt": "x", "modelId": "no", "features": [
@@ -215,7 +218,7 @@ def test_bad_requests_get_one_sentence(
 def test_bad_json_is_said(client: TestClient, world: World) -> None:
     headers = {"content-type": "application/json"}
     answer = client.post(f"{world.base}/steer", content=b'{"prompt": "x', headers=headers)
-    assert answer.status_code == 422 and "JSON" in answer.json()["error"]
+    assert answer.status_code == 422 and answer.json()["error"] == "the request's body is no JSON"
     assert client.delete(world.base, headers=headers).status_code == 405
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import io
+import shutil
 from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from safetensors.numpy import load as load_safetensors
 
+from unbraid.features.page import Index
+from unbraid.manifest.errors import IntegrityError
 from unbraid.ui.app import create_app
 from unbraid.ui.shelf import Shelf
 from unbraid.ui.workbench import Limits, Workbench
@@ -196,6 +201,10 @@ def test_the_context_is_the_passage_with_what_is_known(client: TestClient, world
         ("{base}/lists/none", 404),
         ("{base}?sort=evil", 400),
         ("{base}?least=much", 400),
+        ("{base}?most=nan", 400),
+        ("{base}?least=-1e999", 400),
+        ("{base}?status=late", 400),
+        ("{base}/review?status=late", 400),
         ("{base}?page=0", 422),
         ("{base}/search?q=x&by=magic", 400),
         ("{base}/search?q=" + "x" * 5000, 422),
@@ -215,6 +224,39 @@ def test_what_is_not_there_is_said_in_a_page_and_in_json(
         assert "<h1>" in page.text
     data = client.get(address, headers={"accept": "application/json"})
     assert data.status_code == status and data.json()["error"]
+
+
+def test_an_order_that_there_is_not_is_said(client: TestClient, world: World) -> None:
+    for asked in ("by=activation&order=size", "by=text&order=size", "by=statistics&order=size"):
+        data = client.get(f"{world.base}/search.json?q=count%3E%3D1&{asked}").json()
+        assert "order" in data["problem"] or "size" in data["problem"], asked
+        assert data["hits"] == []
+    weights = [
+        client.get(f"{world.base}/search.json?q=the+red+ball&by=activation&order={order}").json()["hits"]
+        for order in ("surprise", "activation")
+    ]
+    assert weights[0] and weights[1] and weights[0] != weights[1]
+
+
+def test_lists_have_addresses_whatever_their_names(client: TestClient, world: World) -> None:
+    for name in ("a?b#c", "100% mine", "one/two"):
+        path = f"{world.base}/lists/{quote(name, safe='')}"
+        assert client.post(path, json={"latent": 5, "keep": True}).status_code == 200
+        (listed,) = [x for x in client.get(f"{world.base}/lists.json").json()["lists"] if x["name"] == name]
+        assert client.get(f"{listed['url']}.json").json()["name"] == name
+        client.post(path, json={"latent": 5, "keep": False})
+
+
+def test_an_index_with_a_file_missing_is_named_and_not_served(world: World, tmp_path: Path) -> None:
+    shutil.copytree(world.source.index.folder, tmp_path / "whole")
+    shutil.copytree(world.source.index.folder, tmp_path / "harmed")
+    (tmp_path / "harmed" / "examples.parquet").unlink()
+    shelf = Shelf.open(tmp_path)
+    assert [source.name for source in shelf.sources] == ["whole"]
+    assert "examples.parquet is missing" in shelf.problems[0]
+    (tmp_path / "harmed" / "examples.parquet").write_bytes(b"PAR1")
+    with pytest.raises(IntegrityError, match=r"examples\.parquet has 4 bytes where its manifest lists"):
+        Index(tmp_path / "harmed")
 
 
 def test_going_to_a_latent(client: TestClient, world: World) -> None:

@@ -114,6 +114,8 @@ def test_the_cost_is_known_before_and_a_budget_holds(serving: Serving, tmp_path:
         EndpointConfig(base_url="x", model_name="y", budget=1.0)
     with pytest.raises(UserError, match="--base-url"):
         Endpoint(EndpointConfig(), Calls(tmp_path / "c.sqlite"))
+    with pytest.raises(UserError, match="'localhost:8000/v1', which is no address"):
+        Endpoint(EndpointConfig("localhost:8000/v1", "m"), Calls(tmp_path / "c.sqlite"))
 
 
 def test_as_many_calls_as_were_allowed_wait_side_by_side(serving: Serving, tmp_path: Path) -> None:

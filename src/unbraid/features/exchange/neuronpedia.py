@@ -229,10 +229,11 @@ def import_labels(path: Path, labels: Labels, index: Index, *, source: str = "")
     """Propose every explanation of an export that is not here yet, all of them or none.
 
     `path` is an export, its {model}/{source}, the explanations/ in that, or one of the files there.  Of
-    several sources `source`, such as 20-res-16k, names the one that is meant.  The labels are hypotheses like any other, by
-    "neuronpedia" with their author's id; returns how many are new.  Raises UserError, naming file and line,
-    where one cannot be read, and where they are of several sources or of another layer than the index, unless
-    `source` says that they are meant: nothing else in a file tells whose latents it explains.
+    several sources `source`, such as 20-res-16k, names the one that is meant.  The labels are hypotheses like
+    any other, by "neuronpedia" with their author's id; returns how many are new.  Raises UserError, naming
+    file and line, where one cannot be read, and where they are of several sources or of another layer than
+    the index, unless `source` says that they are meant: nothing else in a file tells whose latents it
+    explains.
     """
     places = [path / "explanations"] if (path / "explanations").is_dir() else []
     places = places or sorted(path.glob("*/*/explanations")) or [path]
