@@ -179,8 +179,8 @@ def ours(w: World, arch: str, lr: float, weight: float, seed: int, given: argpar
         "matryoshka": {"widths": widths},
         "lista": {"widths": widths},
         "relu": {"l1": weight},
-        "jumprelu": {"l0": weight},
-        "matryoshka_jumprelu": {"l0": weight, "widths": widths},
+        "jumprelu": {"l0": weight, "free_rows": given.free_rows},
+        "matryoshka_jumprelu": {"l0": weight, "widths": widths, "free_rows": given.free_rows},
     }.get(arch, {})
     config = TrainConfig(
         architecture=arch, d_sae=given.width, k=round(w.l0), lr=lr, steps=given.steps,
@@ -291,6 +291,7 @@ class Bench:
             return row | {"seconds": time.monotonic() - started}
 
         how = " scaled" * (tool == "saelens" and self.given.scaled)
+        how += " free rows" * (tool == "unbraid" and self.given.free_rows and "jumprelu" in arch)
         row = self.once(f"tool={tool}{how} arch={arch} lr={lr:g} weight={weight:.6g} seed={seed}", work)
         say(
             f"  seed {seed} {tool:8} {arch:11} lr {lr:g} weight {weight:.3g} "
@@ -374,6 +375,7 @@ def main() -> None:
     parser.add_argument(
         "--scaled", action="store_true", help="give SAELens what our trainer makes of the samples"
     )
+    parser.add_argument("--free-rows", action="store_true", help="train our JumpReLUs with free_rows")
     parser.add_argument("--keep", type=Path, help="JSON Lines of what was finished, read and added to")
     parser.add_argument("--out", type=Path, help="file for the result as JSON")
     given = parser.parse_args()
