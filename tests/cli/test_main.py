@@ -91,6 +91,26 @@ class Check:
     """Check it."""
 
 
+@dataclass(frozen=True)
+class Inner:
+    seed: tuple[int, ...] = (0,)
+    """Seeds."""
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Inner = Inner()
+    """Options within options."""
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**63)])
+def test_a_seed_that_no_generator_takes_is_refused(verb, capsys, seed: str) -> None:
+    verb(lambda options: None, Outer)
+    assert cli.main(["try", "--seed", "1", "2"]) == 0
+    assert cli.main(["try", "--seed", "1", seed]) == 2
+    assert f"seed is {seed}; choose 0 or more" in capsys.readouterr().err
+
+
 def test_a_verb_may_have_verbs_of_its_own(verb, capsys) -> None:
     seen = []
     verb(seen.append, Train | Check)

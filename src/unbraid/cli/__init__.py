@@ -14,6 +14,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from typing import NamedTuple
 
 from unbraid.manifest.errors import IntegrityError, UserError
@@ -72,6 +73,9 @@ def main(args: Sequence[str] | None = None) -> int:
     setting UNBRAID_TRACEBACK=1 shows where an unexpected one came from.
     """
     words = list(sys.argv[1:] if args is None else args)
+    # OpenMP's threads spin while they wait for each other: where anything else runs on the processor, a
+    # step then takes ten times as long (benchmarks/RESULTS.md, "training: beside another process").
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = _dispatch(words)
         sys.stdout.flush()  # a reader that has left is noticed here and not while Python shuts down
@@ -137,7 +141,19 @@ def _run(name: str, rest: list[str]) -> int:
             return 0
         raise UserError(_sentence(said.getvalue())) from None
     sys.stderr.write(said.getvalue())
+    _check_seeds(options)
     return module.run(options) or 0
+
+
+def _check_seeds(options: object) -> None:
+    """Raise UserError for a seed that no generator takes, in the options or in options of theirs."""
+    for name, value in vars(options).items():
+        if name == "seed":
+            for seed in value if isinstance(value, tuple) else (value,):
+                if seed is not None and not 0 <= seed < 2**63:
+                    raise UserError(f"seed is {seed}; choose 0 or more, below 2 to the 63rd")
+        elif is_dataclass(value):
+            _check_seeds(value)
 
 
 def _sentence(box: str) -> str:
