@@ -108,7 +108,7 @@ def test_a_seed_that_no_generator_takes_is_refused(verb, capsys, seed: str) -> N
     verb(lambda options: None, Outer)
     assert cli.main(["try", "--seed", "1", "2"]) == 0
     assert cli.main(["try", "--seed", "1", seed]) == 2
-    assert f"seed is {seed}; choose 0 or more" in capsys.readouterr().err
+    assert f"seed is {seed}; choose --seed of 0 or more" in capsys.readouterr().err
 
 
 def test_a_verb_may_have_verbs_of_its_own(verb, capsys) -> None:

@@ -151,7 +151,7 @@ def _check_seeds(options: object) -> None:
         if name == "seed":
             for seed in value if isinstance(value, tuple) else (value,):
                 if seed is not None and not 0 <= seed < 2**63:
-                    raise UserError(f"seed is {seed}; choose 0 or more, below 2 to the 63rd")
+                    raise UserError(f"seed is {seed}; choose --seed of 0 or more, below 2 to the 63rd")
         elif is_dataclass(value):
             _check_seeds(value)
 

@@ -184,8 +184,6 @@ def _superposition(options: Superposition) -> None:
     for name, value in (("seeds", options.seeds), ("steps", options.steps)):
         if value < 1:
             raise UserError(f"--{name} is {value}; give 1 or more")
-    if options.seed < 0:
-        raise UserError(f"--seed is {options.seed}; give 0 or more")
     from unbraid.recipes.superposition import recover_all, render, spread, summary, toy_models
 
     command = shlex.join(["unbraid", *sys.argv[1:]])
@@ -210,8 +208,8 @@ def _superposition(options: Superposition) -> None:
 
 
 def _concepts(options: Concepts) -> None:
-    if options.conversations < 1 or options.seed < 0:
-        raise UserError("--conversations must be 1 or more and --seed 0 or more")
+    if options.conversations < 1:
+        raise UserError("--conversations must be 1 or more")
     from unbraid.cli.models import PRACTICE, open_model
     from unbraid.cli.saes import open_sae
     from unbraid.recipes.concepts import RANDOM, UNTRAINED, practice_concepts
