@@ -82,6 +82,8 @@ FIXED = ("topk", "batchtopk", "matryoshka", "lista")
 """Architectures in which k fixes how many latents fire."""
 OURS = ("lista", "matryoshka_jumprelu")
 """Architectures that SAELens has not."""
+FREE = ("topk", "jumprelu", "matryoshka_jumprelu")
+"""Ours in which decoder rows may be free."""
 MARGIN = 0.02
 """How far from the true number the mean number of latents that fire may stay, as a share."""
 
@@ -179,6 +181,7 @@ def ours(w: World, arch: str, lr: float, weight: float, seed: int, given: argpar
         "matryoshka": {"widths": widths},
         "lista": {"widths": widths},
         "relu": {"l1": weight},
+        "topk": {"free_rows": given.free_rows},
         "jumprelu": {"l0": weight, "free_rows": given.free_rows},
         "matryoshka_jumprelu": {"l0": weight, "widths": widths, "free_rows": given.free_rows},
     }.get(arch, {})
@@ -291,7 +294,7 @@ class Bench:
             return row | {"seconds": time.monotonic() - started}
 
         how = " scaled" * (tool == "saelens" and self.given.scaled)
-        how += " free rows" * (tool == "unbraid" and self.given.free_rows and "jumprelu" in arch)
+        how += " free rows" * (tool == "unbraid" and self.given.free_rows and arch in FREE)
         row = self.once(f"tool={tool}{how} arch={arch} lr={lr:g} weight={weight:.6g} seed={seed}", work)
         say(
             f"  seed {seed} {tool:8} {arch:11} lr {lr:g} weight {weight:.3g} "
@@ -375,7 +378,9 @@ def main() -> None:
     parser.add_argument(
         "--scaled", action="store_true", help="give SAELens what our trainer makes of the samples"
     )
-    parser.add_argument("--free-rows", action="store_true", help="train our JumpReLUs with free_rows")
+    parser.add_argument(
+        "--free-rows", action="store_true", help=f"train {', '.join(FREE)} of ours with free_rows"
+    )
     parser.add_argument("--keep", type=Path, help="JSON Lines of what was finished, read and added to")
     parser.add_argument("--out", type=Path, help="file for the result as JSON")
     given = parser.parse_args()

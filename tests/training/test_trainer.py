@@ -101,11 +101,11 @@ def test_the_saved_autoencoder_does_on_raw_activations_what_training_did(
     assert float(scaled.square().mean()) == pytest.approx(1, rel=0.05)
 
 
-@pytest.mark.parametrize("architecture", ["jumprelu", "matryoshka_jumprelu"])
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu", "matryoshka_jumprelu"])
 def test_free_rows_come_to_unit_length_in_the_saved_autoencoder(
     store: ActivationStore, tmp_path: Path, architecture: str
 ) -> None:
-    options = {"free_rows": True, "l0": 0.3}
+    options = {"free_rows": True} | ({} if architecture == "topk" else {"l0": 0.3})
     run = Run(_sources(store), replace(SMALL, architecture=architecture, options=options, steps=60), tmp_path)
     advance([run], None)
     (x,) = batches(store, store.sites[0], 500, seed=5, steps=1)
@@ -114,7 +114,7 @@ def test_free_rows_come_to_unit_length_in_the_saved_autoencoder(
         run.finish("")
         saved = SAE.from_pretrained(tmp_path)
         output = saved(x)
-    assert not saved.options.free_rows  # as it is read by whatever reads JumpReLU
+    assert not saved.options.free_rows  # as it is read by whatever reads its kind
     assert float(lengths.median()) > 0.1 and float(lengths.std()) > 0.01
     torch.testing.assert_close(saved.W_dec.norm(dim=1), torch.ones(96))
     scale = run.scaling.unit

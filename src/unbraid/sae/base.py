@@ -153,6 +153,10 @@ class SAE(nn.Module, ABC):
         """Reconstructions, shape (n, d_out)."""
         return decode(codes, self.W_dec) + self.b_dec
 
+    def row_norms(self) -> Tensor:
+        """How much each latent's decoder row counts: its length, (d_sae,)."""
+        return self.W_dec.norm(dim=1)
+
     def places(self, parameter: str, latents: Tensor) -> Tensor:
         """Where latents (m,) stand in a parameter along its axis of `latent_axes`: here at their numbers."""
         return latents

@@ -71,10 +71,6 @@ class ElementwiseSAE(SAE):
         """The pre-activation from which on a latent has a gradient, (d_sae,) or a scalar."""
         return self.firing_threshold()
 
-    def row_norms(self) -> Tensor:
-        """How long each latent's decoder row counts in the penalty, (d_sae,)."""
-        return self.W_dec.norm(dim=1)
-
     def decode_entries(self, entries: Entries, codes: Tensor) -> Tensor:
         """Reconstructions (n, d_out) from the entries' codes, in the shape of `entries.pre`."""
         return entries.decode(codes, self.W_dec) + self.b_dec

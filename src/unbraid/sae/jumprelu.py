@@ -19,14 +19,13 @@ and, with `through_encoder` (Anthropic's way), the negative of these for p. The 
 that never fire; it counts only those here. θ itself is trained, not its logarithm, and kept from falling
 below 0, so that Adam can move it from a small start.
 
-Rows of W_dec have unit length, or, with `free_rows`, any length while it trains: they begin short, with an
-encoder as short, and what comes out is the same autoencoder written with rows of unit length.
+Rows of W_dec have unit length, or, with `free_rows`, any length while it trains (`sae.free_rows`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -35,16 +34,14 @@ from torch import Tensor, nn
 from unbraid.sae.base import SAE, SAEConfig
 from unbraid.sae.codes import CHUNK_ROWS
 from unbraid.sae.elementwise import ElementwiseSAE, Entries
+from unbraid.sae.free_rows import FreeRows, FreeRowsOptions
 from unbraid.sae.objective import StepContext, StepReport
 from unbraid.sae.options import EDGE, Positive, Weight
 from unbraid.sae.scaling import Scaling
 
-ROW_START = 0.1
-"""Length of free decoder rows to begin with."""
-
 
 @dataclass(frozen=True)
-class JumpReLUOptions:
+class JumpReLUOptions(FreeRowsOptions):
     """How JumpReLU is trained, on activations with a mean square of 1 per dimension."""
 
     __pydantic_config__ = EDGE
@@ -64,12 +61,9 @@ class JumpReLUOptions:
     """Whether the window's gradient also reaches pre-activations, and so encoder and biases."""
     pre_act: Weight = 0.001
     """Weight μ of the term that pulls dead latents towards their thresholds."""
-    free_rows: bool = False
-    """Whether decoder rows may have any length while it trains. Latents are then better detectors of planted
-    features, and explain less of real activations (benchmarks/RESULTS.md, "synthetic")."""
 
 
-class JumpReLUSAE(ElementwiseSAE):
+class JumpReLUSAE(FreeRows, ElementwiseSAE):
     """Sparse by threshold, one for each latent."""
 
     Options = JumpReLUOptions
@@ -82,7 +76,6 @@ class JumpReLUSAE(ElementwiseSAE):
     def __init__(self, config: SAEConfig) -> None:
         super().__init__(config)
         self.threshold = nn.Parameter(torch.zeros(config.d_sae))  # pyright: ignore[reportIncompatibleVariableOverride]
-        self.unit_rows = not self.options.free_rows
 
     def activate(self, entries: Entries) -> Tensor:
         """p where it exceeds the threshold."""
@@ -121,12 +114,9 @@ class JumpReLUSAE(ElementwiseSAE):
 
     @torch.no_grad()
     def initialise(self, x: Tensor, target: Tensor, generator: torch.Generator) -> None:
-        """As every autoencoder, with all thresholds where the options say; free rows begin short."""
+        """As every autoencoder, with all thresholds where the options say."""
         self.threshold.fill_(self.options.start)
         super().initialise(x, target, generator)
-        if not self.unit_rows:
-            self.W_dec *= ROW_START / self.row_norms()[:, None]
-            self.W_enc.copy_(self.reading_directions(x, target))
 
     @torch.no_grad()
     def constrain(self) -> None:
@@ -136,30 +126,14 @@ class JumpReLUSAE(ElementwiseSAE):
 
     @torch.no_grad()
     def fold(self, source: Scaling, target: Scaling) -> None:
-        """Thresholds are in the units of the latents; free rows come to unit length."""
-        if not self.unit_rows:
-            length = self.row_norms().clamp(min=1e-12)
-            self.W_dec /= length[:, None]
-            for weight in (self.W_enc, self.b_enc, self.threshold):
-                weight *= length
+        """Thresholds are in the units of the latents."""
         super().fold(source, target)
         self.threshold.div_(target.unit)
 
-    def calibrated(self, batches: Sequence[Tensor]) -> JumpReLUSAE:
-        """Its rows are not free any more."""
-        if self.unit_rows:
-            return self
-        sae = type(self)(replace(self.config, options={**self.config.options, "free_rows": False}))
-        sae.load_state_dict(self.state_dict())
-        return sae
-
     @torch.no_grad()
     def revive(self, latents: Tensor, x: Tensor, target: Tensor) -> None:
-        """Also give revived latents a usual threshold, and free rows a usual length."""
-        usual = self.row_norms().median()
+        """Also give revived latents a usual threshold."""
         super().revive(latents, x, target)
-        if not self.unit_rows:
-            self.W_dec[latents] *= usual
         self.threshold[latents] = self.threshold.median()
 
 

@@ -5,37 +5,50 @@
 x: (n, d_in), W_enc: (d_in, d_sae), f: (n, d_sae) with at most k entries a row, W_dec: (d_sae, d_in). Gao
 et al. 2024, "Scaling and evaluating sparse autoencoders", arXiv 2406.04093; its auxiliary loss for dead
 latents is in `objective`.
+
+Rows of W_dec have unit length, or, with `free_rows`, any length n_j while it trains (`sae.free_rows`); the k
+that fire are then those with the largest n_j p_j, as they are when it is written with rows of unit length.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from unbraid.sae.base import SAE
-from unbraid.sae.codes import SparseCodes, top_k_pre_activations
+from unbraid.sae.codes import SparseCodes, selected, top_k_pre_activations
+from unbraid.sae.free_rows import FreeRows
 
 CANDIDATES = 4
 """Latents looked at per token, in units of k: those just below the top k are needed to count how often a
 threshold would let one through."""
 
 
-class TopKSAE(SAE):
+class TopKSAE(FreeRows):
     """Sparse by count: k latents describe an activation (fewer where pre-activations are negative)."""
 
     uses_k = True
 
     def encode(self, x: Tensor) -> SparseCodes:
         """Codes of activations x, shape (n, d_in), k entries a row, some perhaps 0."""
-        values, indices = top_k_pre_activations(self.centred(x), self.W_enc, self.b_enc, self.config.k)
+        centred, k = self.centred(x), self.config.k
+        if self.unit_rows:
+            values, indices = top_k_pre_activations(centred, self.W_enc, self.b_enc, k)
+        else:
+            with torch.no_grad():
+                n = self.row_norms()
+                scaled, indices = top_k_pre_activations(centred, self.W_enc * n, self.b_enc * n, k)
+                values = scaled / n.clamp(min=1e-12)[indices]
+            values = selected(centred, self.W_enc, self.b_enc, indices, values)
         return SparseCodes(indices, values.relu())
 
-    def calibrated(self, batches: Sequence[Tensor]) -> TopKSAE:
-        """Itself, with a threshold for each latent, which Edits need as it has none of its own."""
-        self.register_buffer("threshold", rate_matched_thresholds(self, batches))
-        return self
+    def calibrated(self, batches: Sequence[Tensor]) -> Self:
+        """With a threshold for each latent, which Edits need as it has none of its own."""
+        ready = super().calibrated(batches)
+        ready.register_buffer("threshold", rate_matched_thresholds(ready, batches))
+        return ready
 
 
 def rate_matched_thresholds(sae: TopKSAE, batches: Iterable[Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -79,9 +79,9 @@ class JumpReLUSkipTranscoder(JumpReLUTranscoder):
 class TopKTranscoder(_AcrossSites, TopKSAE):
     """A transcoder with k latents at every token."""
 
-    def calibrated(self, batches: Sequence[Tensor]) -> TopKTranscoder:
-        """Itself: measured thresholds are for edits, which it cannot have."""
-        return self
+    def calibrated(self, batches: Sequence[Tensor]) -> Self:
+        """Without measured thresholds: they are for edits, which it cannot have."""
+        return self.with_fixed_rows()
 
 
 class TopKSkipTranscoder(TopKTranscoder):

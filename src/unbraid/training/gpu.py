@@ -27,6 +27,7 @@ def fits(sae: SAE) -> bool:
     """Whether this step serves an autoencoder: TopK, in float32, on a GPU with Triton."""
     return (
         type(sae) is TopKSAE
+        and sae.unit_rows
         and all(p.is_cuda and p.dtype == torch.float32 for p in sae.parameters())
         and sae.config.d_in <= WIDEST
         and importlib.util.find_spec("triton") is not None
