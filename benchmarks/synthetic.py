@@ -187,7 +187,7 @@ def ours(w: World, arch: str, lr: float, weight: float, seed: int, given: argpar
     }.get(arch, {})
     config = TrainConfig(
         architecture=arch, d_sae=given.width, k=round(w.l0), lr=lr, steps=given.steps,
-        batch_size=given.batch, seed=seed, options=options, checkpoint_every=10**9,
+        batch_size=given.batch, seed=seed, options=options, checkpoint_every=10**9, centre=given.centre,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
         return Judged(train(w.store, SITE, config, Path(place) / "sae"))
@@ -294,6 +294,7 @@ class Bench:
             return row | {"seconds": time.monotonic() - started}
 
         how = " scaled" * (tool == "saelens" and self.given.scaled)
+        how += " not centred" * (tool == "unbraid" and not self.given.centre)
         how += " free rows" * (tool == "unbraid" and self.given.free_rows and arch in FREE)
         row = self.once(f"tool={tool}{how} arch={arch} lr={lr:g} weight={weight:.6g} seed={seed}", work)
         say(
@@ -380,6 +381,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--free-rows", action="store_true", help=f"train {', '.join(FREE)} of ours with free_rows"
+    )
+    parser.add_argument(
+        "--no-centre", dest="centre", action="store_false", help="leave the samples' mean in for ours, too"
     )
     parser.add_argument("--keep", type=Path, help="JSON Lines of what was finished, read and added to")
     parser.add_argument("--out", type=Path, help="file for the result as JSON")

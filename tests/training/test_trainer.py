@@ -82,10 +82,11 @@ def test_the_artifact_is_complete_and_good(store: ActivationStore, tmp_path: Pat
     assert reports[-1][:2] == (150, 150) and "tokens/s" in reports[-1][2] and "fvu" in reports[-1][2]
 
 
+@pytest.mark.parametrize("centre", [True, False])
 def test_the_saved_autoencoder_does_on_raw_activations_what_training_did(
-    store: ActivationStore, tmp_path: Path
+    store: ActivationStore, tmp_path: Path, centre: bool
 ) -> None:
-    run = Run(_sources(store), replace(SMALL, steps=20), tmp_path)
+    run = Run(_sources(store), replace(SMALL, steps=20, centre=centre), tmp_path)
     advance([run], None)
     (x,) = batches(store, store.sites[0], 500, seed=5, steps=1)
     with torch.no_grad():
@@ -98,7 +99,8 @@ def test_the_saved_autoencoder_does_on_raw_activations_what_training_did(
     torch.testing.assert_close(output.codes.dense(96), dense / scale, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(output.x_hat, trained.x_hat / scale + run.scaling.mean, rtol=1e-4, atol=1e-3)
     scaled = run.scaling(x)
-    assert float(scaled.square().mean()) == pytest.approx(1, rel=0.05)
+    assert float(scaled.var(dim=0).mean()) == pytest.approx(1, rel=0.05)
+    assert (float(scaled.mean(dim=0).norm()) < 1) == centre
 
 
 @pytest.mark.parametrize("architecture", ["topk", "jumprelu", "matryoshka_jumprelu"])

@@ -14,7 +14,7 @@ class Scaling:
     """(x − mean) · scale, with a mean square of 1 per dimension, for each of the sites in x by itself."""
 
     mean: Tensor
-    """Mean activation, (d,)."""
+    """Mean activation, or 0 where it is left in, (d,)."""
     scale: Tensor
     """1 / root mean square of a centred activation's entries, constant over a site's dimensions, (d,)."""
     unit: float
@@ -29,9 +29,9 @@ class Scaling:
         return Scaling(self.mean.to(device), self.scale.to(device), self.unit)
 
     @classmethod
-    def of(cls, x: Tensor, blocks: Sequence[int]) -> Scaling | None:
+    def of(cls, x: Tensor, blocks: Sequence[int], *, centre: bool = True) -> Scaling | None:
         """Measured on activations x (n, d) in float64, sites of `blocks` dimensions side by side; None where
-        all activations of a site are the same.
+        all activations of a site are the same. Without `centre` the mean is left in.
         """
         x = x.double()
         mean = x.mean(dim=0)
@@ -40,4 +40,4 @@ class Scaling:
             return None
         scales = [spread**-0.5 for spread in spreads]
         scale = torch.cat([torch.full((d,), s) for d, s in zip(blocks, scales, strict=True)])
-        return cls(mean.float(), scale, sum(scales) / len(scales))
+        return cls(mean.float() * centre, scale, sum(scales) / len(scales))

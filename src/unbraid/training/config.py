@@ -21,7 +21,7 @@ def _none() -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """How to train, on activations centred and scaled to a mean square of 1: what a sweep holds fixed."""
+    """How to train, on activations (centred and) scaled to a mean square of 1: what a sweep holds fixed."""
 
     steps: int = 5000
     """Number of batches."""
@@ -35,6 +35,9 @@ class LoopOptions:
     """Weight of the auxiliary loss that revives dead latents, where k fixes how many fire."""
     dead_after: int = 100_000
     """Tokens without firing after which a latent counts as dead."""
+    centre: bool = True
+    """Whether the mean activation is taken out first, so that b_dec starts there, and not at 0. Activations
+    that are sums of features, with nothing added, do without (benchmarks/RESULTS.md, "synthetic")."""
     resample_every: int = 0
     """Steps after which dead latents start anew where the loss is highest; 0 for never."""
     calibration_tokens: int = 65_536

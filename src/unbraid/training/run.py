@@ -58,7 +58,7 @@ class Run:
     def __init__(self, sources: Sources, config: TrainConfig, folder: Path) -> None:
         self.sources, self.config, self.folder = sources, config, folder
         self.device = torch.device(config.device)
-        self.scaling, self.target_scaling = (s.to(self.device) for s in _measure(sources, config.seed))
+        self.scaling, self.target_scaling = (s.to(self.device) for s in _measure(sources, config))
         self.sae = self._initialised()
         self.optimizer = Adam(self.sae)
         self.stepper = stepper(self.sae, self.optimizer, config.kernels, config.precision)
@@ -291,13 +291,13 @@ def sae_config(sources: Sources, config: TrainConfig) -> SAEConfig:
     )
 
 
-def _measure(sources: Sources, seed: int) -> tuple[Scaling, Scaling]:
+def _measure(sources: Sources, config: TrainConfig) -> tuple[Scaling, Scaling]:
     """Mean and scale of inputs and targets, from up to 100,000 tokens."""
     size = min(STATISTICS_TOKENS, sources.at_hand)
-    (batch,) = sources.batches(size, seed=seed, steps=1)
+    (batch,) = sources.batches(size, seed=config.seed, steps=1)
     found: list[Scaling] = []
     for x, parts in zip(batch, (sources.inputs, sources.targets), strict=True):
-        scaling = Scaling.of(x, [source.d for source in parts])
+        scaling = Scaling.of(x, [source.d for source in parts], centre=config.centre)
         if scaling is None:
             raise UserError(
                 f"{sources.stores[0]}: all activations at {names(parts)} are the same; capture more text"
