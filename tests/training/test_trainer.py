@@ -103,6 +103,21 @@ def test_the_saved_autoencoder_does_on_raw_activations_what_training_did(
     assert (float(scaled.mean(dim=0).norm()) < 1) == centre
 
 
+@pytest.mark.parametrize("centre", [True, False])
+def test_the_logged_fvu_is_a_share_of_the_variance_wherever_the_mean_is(
+    store: ActivationStore, tmp_path: Path, centre: bool
+) -> None:
+    run = Run(_sources(store), replace(SMALL, steps=10, lr=1e-9, centre=centre), tmp_path)
+    advance([run], None)
+    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
+    run.finish("")
+    (x,) = batches(store, store.sites[0], 2000, seed=5, steps=1)
+    with torch.no_grad():
+        error = SAE.from_pretrained(tmp_path)(x).x_hat - x
+    wanted = float(error.square().sum() / (x - x.mean(dim=0)).square().sum())
+    assert json.loads(line)["fvu"] == pytest.approx(wanted, rel=0.05)
+
+
 @pytest.mark.parametrize("architecture", ["topk", "jumprelu", "matryoshka_jumprelu"])
 def test_free_rows_come_to_unit_length_in_the_saved_autoencoder(
     store: ActivationStore, tmp_path: Path, architecture: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,10 +28,14 @@ class Scaling:
         """The same on a device."""
         return Scaling(self.mean.to(device), self.scale.to(device), self.unit)
 
+    def uncentred(self) -> Scaling:
+        """The same scale alone."""
+        return replace(self, mean=torch.zeros_like(self.mean))
+
     @classmethod
-    def of(cls, x: Tensor, blocks: Sequence[int], *, centre: bool = True) -> Scaling | None:
+    def of(cls, x: Tensor, blocks: Sequence[int]) -> Scaling | None:
         """Measured on activations x (n, d) in float64, sites of `blocks` dimensions side by side; None where
-        all activations of a site are the same. Without `centre` the mean is left in.
+        all activations of a site are the same.
         """
         x = x.double()
         mean = x.mean(dim=0)
@@ -40,4 +44,4 @@ class Scaling:
             return None
         scales = [spread**-0.5 for spread in spreads]
         scale = torch.cat([torch.full((d,), s) for d, s in zip(blocks, scales, strict=True)])
-        return cls(mean.float() * centre, scale, sum(scales) / len(scales))
+        return cls(mean.float(), scale, sum(scales) / len(scales))

@@ -58,13 +58,17 @@ class Run:
     def __init__(self, sources: Sources, config: TrainConfig, folder: Path) -> None:
         self.sources, self.config, self.folder = sources, config, folder
         self.device = torch.device(config.device)
-        self.scaling, self.target_scaling = (s.to(self.device) for s in _measure(sources, config))
+        self.scaling, self.target_scaling = (s.to(self.device) for s in _measure(sources, config.seed))
+        self.middle = torch.zeros(())  # the mean of scaled targets, (d_out,) where it is not 0
+        if not config.centre:
+            self.middle = self.target_scaling.mean * self.target_scaling.scale
+            self.scaling, self.target_scaling = self.scaling.uncentred(), self.target_scaling.uncentred()
         self.sae = self._initialised()
         self.optimizer = Adam(self.sae)
         self.stepper = stepper(self.sae, self.optimizer, config.kernels, config.precision)
         self.step = 0
-        # Tokens since each latent last fired; since the last log: squared error, Σ‖target‖², active latents,
-        # tokens.
+        # Tokens since each latent last fired; since the last log: squared error, Σ‖target − its mean‖²,
+        # active latents, tokens.
         self.silent = torch.zeros(config.d_sae, dtype=torch.int64, device=self.device)
         self.sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         self.watch = DeadWatch()
@@ -143,7 +147,8 @@ class Run:
     def _count(self, target: Tensor, report: StepReport) -> None:
         self.silent += len(target)
         self.silent[report.fired] = 0
-        values = (report.squared_error, target.square().sum(), report.active, torch.tensor(len(target)))
+        spread = target if self.config.centre else target - self.middle
+        values = (report.squared_error, spread.square().sum(), report.active, torch.tensor(len(target)))
         self.sums += torch.stack([value.detach().to(self.device, torch.float64) for value in values])
 
     def _log(self) -> str:
@@ -291,13 +296,13 @@ def sae_config(sources: Sources, config: TrainConfig) -> SAEConfig:
     )
 
 
-def _measure(sources: Sources, config: TrainConfig) -> tuple[Scaling, Scaling]:
+def _measure(sources: Sources, seed: int) -> tuple[Scaling, Scaling]:
     """Mean and scale of inputs and targets, from up to 100,000 tokens."""
     size = min(STATISTICS_TOKENS, sources.at_hand)
-    (batch,) = sources.batches(size, seed=config.seed, steps=1)
+    (batch,) = sources.batches(size, seed=seed, steps=1)
     found: list[Scaling] = []
     for x, parts in zip(batch, (sources.inputs, sources.targets), strict=True):
-        scaling = Scaling.of(x, [source.d for source in parts], centre=config.centre)
+        scaling = Scaling.of(x, [source.d for source in parts])
         if scaling is None:
             raise UserError(
                 f"{sources.stores[0]}: all activations at {names(parts)} are the same; capture more text"
