@@ -37,7 +37,12 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # before SAELens draws its bars
 import torch
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+from sae_lens.saes.gated_sae import GatedTrainingSAE, GatedTrainingSAEConfig
 from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
+from sae_lens.saes.matching_pursuit_sae import (
+    MatchingPursuitTrainingSAE,
+    MatchingPursuitTrainingSAEConfig,
+)
 from sae_lens.saes.matryoshka_batchtopk_sae import (
     MatryoshkaBatchTopKTrainingSAE,
     MatryoshkaBatchTopKTrainingSAEConfig,
@@ -78,7 +83,7 @@ EVALUATED = 30_000
 PLANTED, SAMPLED, FRESH = 1_000, 2_000, 3_000
 """What is added to a seed for the features, their samples and those for judging. With the training's own seed
 torch would draw the planted features again as the first weights: the answer given away."""
-FIXED = ("topk", "batchtopk", "matryoshka", "lista")
+FIXED = ("topk", "batchtopk", "matryoshka", "lista", "matching_pursuit")
 """Architectures in which k fixes how many latents fire."""
 OURS = ("lista", "matryoshka_jumprelu")
 """Architectures that SAELens has not."""
@@ -181,6 +186,7 @@ def ours(w: World, arch: str, lr: float, weight: float, seed: int, given: argpar
         "matryoshka": {"widths": widths},
         "lista": {"widths": widths},
         "relu": {"l1": weight},
+        "gated": {"l1": weight},
         "topk": {"free_rows": given.free_rows},
         "jumprelu": {"l0": weight, "free_rows": given.free_rows},
         "matryoshka_jumprelu": {"l0": weight, "widths": widths, "free_rows": given.free_rows},
@@ -208,6 +214,12 @@ def theirs(w: World, arch: str, lr: float, weight: float, seed: int, given: argp
         ),
         "relu": lambda: StandardTrainingSAE(
             StandardTrainingSAEConfig(**size, l1_coefficient=weight, l1_warm_up_steps=warm)
+        ),
+        "gated": lambda: GatedTrainingSAE(
+            GatedTrainingSAEConfig(**size, l1_coefficient=weight, l1_warm_up_steps=warm)
+        ),
+        "matching_pursuit": lambda: MatchingPursuitTrainingSAE(
+            MatchingPursuitTrainingSAEConfig(**size, max_iterations=k)
         ),
         "jumprelu": lambda: JumpReLUTrainingSAE(
             JumpReLUTrainingSAEConfig(**size, l0_coefficient=weight, l0_warm_up_steps=warm)
@@ -372,7 +384,7 @@ def main() -> None:
         ("batch", 1024), ("search", 8), ("threads", 2),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
-    everything = ("topk", "batchtopk", "matryoshka", "jumprelu", "relu", *OURS)
+    everything = ("topk", "batchtopk", "matryoshka", "jumprelu", "relu", "gated", "matching_pursuit", *OURS)
     parser.add_argument("--arch", nargs="+", choices=everything, default=everything)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--lr", nargs="+", type=float, default=[1e-3, 3e-3, 6e-3, 1e-2, 2e-2])

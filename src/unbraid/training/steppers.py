@@ -37,7 +37,7 @@ def compiled(sae: SAE, optimizer: Adam, *, precision: Precision | None = None) -
     # A subclass may have another objective, so the type has to be exactly this.
     if type(sae) is TopKSAE:
         # The screen ranks by pre-activations alone, not by what a row's length makes of them.
-        return None if not sae.unit_rows else TopKStep(sae, optimizer, precision=precision)
+        return TopKStep(sae, optimizer, precision=precision) if sae.unit_rows else None
     if type(sae) is BatchTopKSAE or type(sae) is MatryoshkaSAE:
         return BatchTopKStep(sae, optimizer, precision=precision)
     if type(sae) is ReLUSAE:

@@ -369,9 +369,8 @@ class Labels:
 
     def _keep(self, name: str, latent: int, there: bool) -> None:
         name = clean(name, "the list's name", LONGEST_NAME)
-        if there and (
-            name in (".", "..") or name.endswith(".json")
-        ):  # its page would have the address of another
+        # Its page would have the address of another.
+        if there and (name in (".", "..") or name.endswith(".json")):
             raise UserError(f"the list's name is {name!r}; choose one that is not . or .. or ends in .json")
         if (checked_latent(latent) in self.list(name)) != there:
             self.add([Row.of_kept(self.sae, name, latent, there, self._clock())])
