@@ -1,4 +1,4 @@
-"""Adam against torch's, with each architecture's own β₂."""
+"""Adam against torch's, with each architecture's own β₂ or one that is given."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from unbraid.sae.registry import build
 from unbraid.training.adam import Adam
 
 
-@pytest.mark.parametrize(("kind", "beta_square"), [("topk", 0.99), ("jumprelu", 0.99), ("matryoshka", 0.999)])
-def test_steps_are_those_of_torch(kind: str, beta_square: float) -> None:
+@pytest.mark.parametrize(
+    ("kind", "given", "beta2"),
+    [("topk", None, 0.99), ("topk", 0.9, 0.9), ("jumprelu", None, 0.99), ("matryoshka", None, 0.999)],
+)
+def test_steps_are_those_of_torch(kind: str, given: float | None, beta2: float) -> None:
     ours = build(SAEConfig(kind, 5, 32, 0 if kind == "jumprelu" else 3))
     theirs = deepcopy(ours)
-    adam, other = Adam(ours), torch.optim.Adam(theirs.parameters(), lr=0.01, betas=(0.9, beta_square))
+    adam, other = Adam(ours, given), torch.optim.Adam(theirs.parameters(), lr=0.01, betas=(0.9, beta2))
     generator = torch.Generator().manual_seed(0)
     for number in range(1, 31):
         for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):

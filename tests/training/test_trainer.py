@@ -118,6 +118,15 @@ def test_the_logged_fvu_is_a_share_of_the_variance_wherever_the_mean_is(
     assert json.loads(line)["fvu"] == pytest.approx(wanted, rel=0.05)
 
 
+def test_a_given_beta2_is_what_adam_takes_its_steps_with(store: ActivationStore, tmp_path: Path) -> None:
+    assert SAE.beta2 == 0.99
+    weights = []
+    for name, beta2 in (("own", None), ("same", 0.99), ("other", 0.999)):
+        train(store, None, replace(SMALL, steps=20, beta2=beta2), tmp_path / name)
+        weights.append(SAE.from_pretrained(tmp_path / name).W_dec)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
 @pytest.mark.parametrize("architecture", ["topk", "jumprelu", "matryoshka_jumprelu"])
 def test_free_rows_come_to_unit_length_in_the_saved_autoencoder(
     store: ActivationStore, tmp_path: Path, architecture: str
@@ -188,6 +197,7 @@ def test_dead_latents_are_revived(store: ActivationStore, tmp_path: Path) -> Non
         ({"options": {"l1": 1.0}}, "no option 'l1'"),
         ({"architecture": "relu", "options": {"l1": -1.0}}, "option l1"),
         ({"resample_every": -1}, "resample_every is -1"),
+        ({"beta2": 1.0}, "beta2 is 1.0"),
         ({"steps": 0}, "steps is 0"),
         ({"lr": float("nan")}, "lr is nan"),
         ({"threads": 0}, "threads is 0"),
@@ -255,7 +265,7 @@ def test_a_partial_run_with_other_settings_is_refused(
     with pytest.raises(UserError, match="other settings"):
         train(store, None, replace(SMALL, lr=1e-3), tmp_path / "sae")
     with monkeypatch.context() as another, pytest.raises(UserError, match="other settings"):
-        another.setattr(SAE, "beta_square", 0.9)  # as another version may have it
+        another.setattr(SAE, "beta2", 0.9)  # as another version may have it
         train(store, None, SMALL, tmp_path / "sae")
     train(store, None, SMALL, tmp_path / "sae")
     assert check_files(tmp_path / "sae").facts["tokens"] == 150 * 256

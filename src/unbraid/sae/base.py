@@ -98,7 +98,7 @@ class SAE(nn.Module, ABC):
     """What helps when many of its latents die."""
     latent_axes: ClassVar[Mapping[str, int]] = {"W_enc": 1, "b_enc": 0, "W_dec": 0}
     """The parameters in which a latent has a place of its own, and along which axis."""
-    beta_square: ClassVar[float] = 0.99
+    beta2: ClassVar[float] = 0.99
     """Adam's β₂. The usual is 0.999; a latent that was silent for long has a faded second moment, and its
     next step is lr · (1 − β₁) / √(1 − β₂): 3.2 lr with 0.999, 1.0 lr with 0.99, with which FVU and ΔCE at
     equal L0 were lower (benchmarks/RESULTS.md, "sweep: Adam's β₂")."""

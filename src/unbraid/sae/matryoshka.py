@@ -41,7 +41,7 @@ class MatryoshkaSAE(BatchTopKSAE):
 
     Options = MatryoshkaOptions
     options: MatryoshkaOptions
-    beta_square = 0.999
+    beta2 = 0.999
     """With 0.99 twice as many latents die in longer runs (benchmarks/RESULTS.md, "sweep: Adam's β₂")."""
 
     def __init__(self, config: SAEConfig) -> None:

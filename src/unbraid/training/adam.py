@@ -12,14 +12,15 @@ from torch import Tensor
 
 from unbraid.sae.base import SAE
 
-BETA_MEAN, EPSILON = 0.9, 1e-8
+BETA1, EPSILON = 0.9, 1e-8
 
 
 class Adam:
-    """Kingma and Ba 2015, arXiv 1412.6980, without weight decay; β₂ is the architecture's own."""
+    """Kingma and Ba 2015, arXiv 1412.6980, without weight decay; β₂ is the architecture's own where none is given."""
 
-    def __init__(self, sae: SAE) -> None:
-        self.parameters, self.beta_square = dict(sae.named_parameters()), sae.beta_square
+    def __init__(self, sae: SAE, beta2: float | None = None) -> None:
+        self.parameters = dict(sae.named_parameters())
+        self.beta2 = sae.beta2 if beta2 is None else beta2
         self.mean = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self.square = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
 
@@ -31,14 +32,14 @@ class Adam:
     @torch.no_grad()
     def step(self, number: int, lr: float, only: Sequence[str] | None = None) -> None:
         """Move every parameter (or those named) by its gradient; `number` counts steps from 1."""
-        unbias_mean, unbias_square = 1 - BETA_MEAN**number, 1 - self.beta_square**number
+        unbias_mean, unbias_square = 1 - BETA1**number, 1 - self.beta2**number
         for name in self.parameters if only is None else only:
             parameter = self.parameters[name]
             grad = parameter.grad
             if grad is None:
                 continue
-            mean = self.mean[name].lerp_(grad, 1 - BETA_MEAN)
-            square = self.square[name].mul_(self.beta_square).addcmul_(grad, grad, value=1 - self.beta_square)
+            mean = self.mean[name].lerp_(grad, 1 - BETA1)
+            square = self.square[name].mul_(self.beta2).addcmul_(grad, grad, value=1 - self.beta2)
             size = (square / unbias_square).sqrt_().add_(EPSILON)
             parameter.addcdiv_(mean, size, value=-lr / unbias_mean)
 

@@ -31,7 +31,7 @@ from unbraid.sae.codes import SparseCodes, decode, top_k
 from unbraid.sae.kernels import cpu, loops
 from unbraid.sae.kernels.cpu import CHUNK_ROWS, F32, I32, I64, PARTS, Lists, Precision, Screen
 from unbraid.sae.objective import StepContext, StepReport
-from unbraid.training.adam import BETA_MEAN, EPSILON, Adam
+from unbraid.training.adam import BETA1, EPSILON, Adam
 
 CHECKED, CHECKED_EVERY = 16, 32
 """Rows on which the screen is compared with the whole product, and after how many steps again."""
@@ -145,8 +145,8 @@ class CompiledStep(ABC):
         extra = self.auxiliary(centred, torch.from_numpy(error[-1]), context)
         cuts = lists.cuts()
         d_b_enc, back = np.empty(F, np.float32), np.zeros((PARTS, d), np.float32)
-        beta_square = self.optimizer.beta_square
-        unbias_mean, unbias_square = 1 - BETA_MEAN**number, 1 - beta_square**number
+        beta2 = self.optimizer.beta2
+        unbias_mean, unbias_square = 1 - BETA1**number, 1 - beta2**number
 
         def backward(part: int) -> None:
             loops.update(
@@ -154,7 +154,7 @@ class CompiledStep(ABC):
                 centred.numpy(), error, self.edges, scale, extra.rows, extra.enc, extra.dec,
                 self.W_enc, self.W_dec, *self.moments, d_b_enc, back[part],
                 self.screen.shadow, self.screen.shift, self.screen.unit, self.screen.length,
-                lr / unbias_mean, 1 / unbias_square, BETA_MEAN, beta_square, EPSILON,
+                lr / unbias_mean, 1 / unbias_square, BETA1, beta2, EPSILON,
                 sae.unit_rows,
             )  # fmt: skip
 

@@ -38,6 +38,8 @@ class LoopOptions:
     centre: bool = True
     """Whether the mean activation is taken out first, so that b_dec starts there, and not at 0. Activations
     that are sums of features, with nothing added, do without (benchmarks/RESULTS.md, "synthetic")."""
+    beta2: float | None = None
+    """Adam's β₂, how slowly the mean square of gradients forgets; the architecture's own when left out."""
     resample_every: int = 0
     """Steps after which dead latents start anew where the loss is highest; 0 for never."""
     calibration_tokens: int = 65_536
@@ -106,6 +108,8 @@ class TrainConfig(TrainOptions):
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; choose 1 or more")
+        if self.beta2 is not None and not 0 <= self.beta2 < 1:
+            raise UserError(f"beta2 is {self.beta2}; choose a number from 0 to below 1, as 0.999")
         if self.resample_every < 0:
             raise UserError(f"resample_every is {self.resample_every}; choose 0 (never) or more")
         try:

@@ -136,7 +136,7 @@ class _Run:
     ) -> None:  # fmt: skip
         self.sae, self.lm, self.site, self.options, self.folder = sae, lm, site, options, folder
         self.adam = Adam(sae)
-        self.settings = settings | {"beta_square": self.adam.beta_square}
+        self.settings = settings | {"beta2": self.adam.beta2}
         self.step, self.rows, self.note = 0, list[dict[str, float]](), ""
         self.sums = torch.zeros(4, dtype=torch.float64)
         """KL, FVU, L0 and batches since the last line of the log."""

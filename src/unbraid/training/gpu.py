@@ -16,7 +16,7 @@ from torch import Tensor
 from unbraid.sae.base import SAE
 from unbraid.sae.objective import StepContext, StepReport
 from unbraid.sae.topk import TopKSAE
-from unbraid.training.adam import BETA_MEAN, EPSILON, Adam
+from unbraid.training.adam import BETA1, EPSILON, Adam
 from unbraid.training.compiled import auxk_gradients
 
 WIDEST = 16_384
@@ -76,11 +76,11 @@ class GPUTopKStep:
         if sae.config.apply_b_dec_to_input:
             d_b_dec -= d_b_enc @ self.W_enc
         extra = self._auxiliary(x, error, context, d_b_enc, d_b_dec)
-        beta_square = self.optimizer.beta_square
+        beta2 = self.optimizer.beta2
         gpu.update(
             first, entries, codes, gradient, x, error, extra, (self.W_enc, self.W_dec), self.moments,
-            self.shadow, scale, lr / (1 - BETA_MEAN**number), 1 / (1 - beta_square**number),
-            (BETA_MEAN, beta_square), EPSILON,
+            self.shadow, scale, lr / (1 - BETA1**number), 1 / (1 - beta2**number),
+            (BETA1, beta2), EPSILON,
         )  # fmt: skip
         sae.b_enc.grad, sae.b_dec.grad = d_b_enc, d_b_dec
         self.optimizer.step(number, lr, only=("b_enc", "b_dec"))

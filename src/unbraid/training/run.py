@@ -64,7 +64,7 @@ class Run:
             self.middle = self.target_scaling.mean * self.target_scaling.scale
             self.scaling, self.target_scaling = self.scaling.uncentred(), self.target_scaling.uncentred()
         self.sae = self._initialised()
-        self.optimizer = Adam(self.sae)
+        self.optimizer = Adam(self.sae, config.beta2)
         self.stepper = stepper(self.sae, self.optimizer, config.kernels, config.precision)
         self.step = 0
         # Tokens since each latent last fired; since the last log: squared error, Σ‖target − its mean‖²,
@@ -82,7 +82,7 @@ class Run:
         sources = self.sources
         found = {
             "config": asdict(self.config),
-            "beta_square": self.optimizer.beta_square,  # another version may have another
+            "beta2": self.optimizer.beta2,  # another version may have another
             "site": names(sources.inputs),
             "activations": self.sources.so_far(self.step * self.config.batch_size),
         }
