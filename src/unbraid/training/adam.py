@@ -16,7 +16,7 @@ BETA1, EPSILON = 0.9, 1e-8
 
 
 class Adam:
-    """Kingma and Ba 2015, arXiv 1412.6980, without weight decay; β₂ is the architecture's own where none is given."""
+    """Kingma and Ba 2015, arXiv 1412.6980, without weight decay; β₂ is by default the architecture's."""
 
     def __init__(self, sae: SAE, beta2: float | None = None) -> None:
         self.parameters = dict(sae.named_parameters())
