@@ -357,18 +357,24 @@ class Bench:
         do with the first seed; and what came out with it.
 
         Searched as if log L0 were a straight line in log weight: through the nearest point and, where there
-        is one, the nearest on the other side.
+        is one, the nearest on the other side, whose distance counts half as much each time that a try stays
+        on the first side (Illinois's false position).
         """
         seed, tried = self.given.seeds[0], list[tuple[float, float, dict[str, float]]]()
+        stayed = 0
         for _ in range(1 if arch in FIXED else self.given.search):
             row = self.run(tool, arch, lr, weight, seed)
-            tried.append((math.log(row["l0"] / self.l0(seed)), math.log(weight), row))
+            now = math.log(row["l0"] / self.l0(seed))
+            stayed = stayed + 1 if tried and now * tried[0][0] > 0 else 0
+            tried.append((now, math.log(weight), row))
             tried.sort(key=lambda one: abs(one[0]))
             (off, at, row), *rest = tried
             if self.off(row) <= MARGIN:
                 break
-            across = [one for one in rest if one[0] * off < 0] or rest
-            slope = (across[0][1] - at) / (across[0][0] - off) if across else -1.0
+            across = [one for one in rest if one[0] * off < 0]
+            there, other, _ = (across or rest or [(off - 1.0, at + 1.0, row)])[0]
+            there *= 0.5**stayed if across else 1.0
+            slope = (other - at) / (there - off)
             weight = math.exp(at - max(-1.1, min(1.1, off * (slope if slope < 0 else -1.0))))
         return math.exp(tried[0][1]), tried[0][2]
 
