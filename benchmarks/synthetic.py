@@ -308,7 +308,7 @@ class Bench:
 
         how = " scaled" * (tool == "saelens" and self.given.scaled)
         how += " not centred" * (tool == "unbraid" and not self.given.centre)
-        how += f" beta2={self.given.beta2:g}" * (tool == "unbraid" and self.given.beta2 is not None)
+        how += f" beta2={self.given.beta2}" * (tool == "unbraid" and self.given.beta2 is not None)
         how += " free rows" * (tool == "unbraid" and self.given.free_rows and arch in FREE)
         row = self.once(f"tool={tool}{how} arch={arch} lr={lr:g} weight={weight:.6g} seed={seed}", work)
         say(

@@ -44,15 +44,15 @@ def _pursue(sae: SAE, x: Tensor, duplicates_stop: bool, short: float) -> Tensor:
 
 
 @settings(max_examples=30, deadline=None)
-@given(SHAPES, st.integers(1, 7), st.booleans(), st.sampled_from([0.0, 1.5]))
+@given(SHAPES, st.integers(1, 7), st.booleans(), st.sampled_from([0.0, 1.5]), st.booleans())
 def test_matching_pursuit_is_its_loop(
-    shape: tuple[int, int, int, int], k: int, duplicates_stop: bool, short: float
+    shape: tuple[int, int, int, int], k: int, duplicates_stop: bool, short: float, short_rows: bool
 ) -> None:
     n, d_in, d_sae, seed = shape
     k = min(k, d_sae)
     sae = _sae(
         "matching_pursuit", d_in, d_sae, k, seed,
-        stop_on_duplicate_support=duplicates_stop, residual_threshold=short,
+        stop_on_duplicate_support=duplicates_stop, residual_threshold=short, short_rows=short_rows,
     )  # fmt: skip
     x = 2 * torch.randn(n, d_in, generator=torch.Generator().manual_seed(seed + 1))
     codes = torch.stack([_pursue(sae, row, duplicates_stop, short) for row in x])
@@ -64,6 +64,22 @@ def test_matching_pursuit_is_its_loop(
     for name, p in sae.named_parameters():
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-3, atol=1e-4)
     assert int(report.active) == int((codes > 0).sum())
+
+
+@settings(max_examples=30, deadline=None)
+@given(SHAPES, st.floats(0.1, 3))
+def test_short_rows_stay_so_and_longer_ones_come_to_unit_length(
+    shape: tuple[int, int, int, int], length: float
+) -> None:
+    n, d_in, d_sae, seed = shape
+    sae = _sae("matching_pursuit", d_in, d_sae, 3, seed, stop_on_duplicate_support=False)
+    with torch.no_grad():
+        sae.W_dec *= length / sae.W_dec.norm(dim=1, keepdim=True)
+    sae.constrain()
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.full((d_sae,), min(length, 1.0)))
+    x = 2 * torch.randn(n, d_in, generator=torch.Generator().manual_seed(seed + 1))
+    left = (x - sae(x).x_hat).norm(dim=1)
+    assert bool((left <= (x - sae.b_dec).norm(dim=1) * (1 + 1e-5)).all())
 
 
 @settings(max_examples=30, deadline=None)

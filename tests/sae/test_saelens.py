@@ -81,6 +81,21 @@ def test_saelens_and_we_read_the_same_of_the_rarer_kinds(name: str, tmp_path: Pa
     assert 0 < float((theirs.encode(x) > 0).double().mean()) < 1
 
 
+def test_their_matching_pursuit_keeps_its_short_rows_when_it_is_trained_on(tmp_path: Path) -> None:
+    pursuit = pytest.importorskip("sae_lens.saes.matching_pursuit_sae")
+    config = pursuit.MatchingPursuitSAEConfig(d_in=D_IN, d_sae=D_SAE, max_iterations=4)
+    theirs = pursuit.MatchingPursuitSAE(config)
+    theirs.W_dec.data *= torch.linspace(0.5, 1, D_SAE)[:, None] / theirs.W_dec.norm(dim=1, keepdim=True)
+    theirs.save_model(tmp_path / "theirs")
+    ours = SAE.from_pretrained(tmp_path / "theirs")
+    ours.constrain()
+    torch.testing.assert_close(ours.W_dec, theirs.W_dec)
+    ours.save_pretrained(tmp_path / "ours")
+    again = SAE.from_pretrained(tmp_path / "ours")
+    again.constrain()
+    torch.testing.assert_close(again.W_dec, theirs.W_dec)
+
+
 @pytest.mark.parametrize("name", ["transcoder", "skip_transcoder"])
 def test_a_transcoder_without_thresholds_is_read(name: str, tmp_path: Path) -> None:
     """Theirs fires above 0."""

@@ -118,6 +118,16 @@ def test_the_logged_fvu_is_a_share_of_the_variance_wherever_the_mean_is(
     assert json.loads(line)["fvu"] == pytest.approx(wanted, rel=0.05)
 
 
+@pytest.mark.parametrize("short", [True, False])
+def test_rows_of_matching_pursuit_may_become_short_and_never_long(
+    store: ActivationStore, tmp_path: Path, short: bool
+) -> None:
+    config = replace(SMALL, architecture="matching_pursuit", steps=40, options={"short_rows": short})
+    train(store, None, config, tmp_path / "sae")
+    lengths = SAE.from_pretrained(tmp_path / "sae").W_dec.norm(dim=1)
+    assert float(lengths.max()) < 1.0001 and (float(lengths.min()) < 0.99) == short
+
+
 def test_a_given_beta2_is_what_adam_takes_its_steps_with(store: ActivationStore, tmp_path: Path) -> None:
     assert SAE.beta2 == 0.99
     weights = []

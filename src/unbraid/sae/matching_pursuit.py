@@ -3,10 +3,11 @@
     r_0 = x − b_dec;   at step t:  j = argmax_j r_t · W_dec[j],  v = ReLU(r_t · W_dec[j]),
     f_j += v,  r_{t+1} = r_t − v W_dec[j];   x̂ = f W_dec + b_dec
 
-x: (n, d_in), W_dec: (d_sae, d_in) with rows of unit length; there is no encoder. Mallat and Zhang 1993;
-as an autoencoder Costa et al. 2025, "From flat to hierarchical: extracting sparse representations with
-matching pursuit", arXiv 2506.03093. A row stops after k steps, when its residual is shorter than
-`residual_threshold`, or, with `stop_on_duplicate_support`, once it takes a latent a second time.
+x: (n, d_in), W_dec: (d_sae, d_in) with rows of unit length at most; there is no encoder. Mallat and Zhang
+1993; as an autoencoder Costa et al. 2025, "From flat to hierarchical: extracting sparse representations with
+matching pursuit", arXiv 2506.03093, with rows of unit length. A row stops after k steps, when its residual
+is shorter than `residual_threshold`, or, with `stop_on_duplicate_support`, once it takes a latent a second
+time.
 
 Given which latents were taken, D: (k, d_in), their values solve a triangular system: v_t = r_0 · D_t −
 Σ_{s<t} v_s (D_s · D_t). So the choice is made without gradients, a few rows at a time, and gradients take
@@ -38,6 +39,9 @@ class MatchingPursuitOptions:
     """Length of the residual below which a row is done; in training that of scaled activations."""
     stop_on_duplicate_support: bool = True
     """Whether a row is done once it takes a latent again."""
+    short_rows: bool = True
+    """Whether decoder rows may become shorter than 1, so that a step takes a part of what it could: less
+    error and fewer latents (benchmarks/RESULTS.md, "sweep"); false keeps them at unit length."""
 
 
 class MatchingPursuitSAE(SAE):
@@ -50,6 +54,7 @@ class MatchingPursuitSAE(SAE):
     def __init__(self, config: SAEConfig) -> None:
         super().__init__(config)
         del self.W_enc, self.b_enc
+        self.unit_rows = not self.options.short_rows
 
     def encoder_rows(self) -> None:
         """None."""
@@ -113,7 +118,14 @@ class MatchingPursuitSAE(SAE):
     def initialise(self, x: Tensor, target: Tensor, generator: torch.Generator) -> None:
         """Random directions; nothing has to be scaled."""
         self.W_dec.copy_(torch.randn(self.W_dec.shape, generator=generator))
-        self.constrain()
+        self.W_dec /= self.row_norms()[:, None]
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """Rows of unit length at most: a longer one is chosen for its length and drives out the others."""
+        super().constrain()
+        if not self.unit_rows:
+            self.W_dec /= self.row_norms().clamp(min=1)[:, None]
 
     @torch.no_grad()
     def fold(self, source: Scaling, target: Scaling) -> None:

@@ -181,10 +181,8 @@ def _record(config: SAEConfig, form: Form) -> dict[str, Any]:
     if form.theirs == "topk":
         record |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
     elif form.theirs == "matching_pursuit":
-        record |= {
-            "max_iterations": config.k,
-            **plain(check_options(MatchingPursuitOptions, config.options, form.theirs)),
-        }
+        options = plain(check_options(MatchingPursuitOptions, config.options, form.theirs))
+        record |= {"max_iterations": config.k, **{name: options[name] for name in PURSUIT}}
     elif config.architecture not in FORMS and config.k:
         record["k"] = config.k
     return record
