@@ -118,14 +118,14 @@ class MatchingPursuitSAE(SAE):
     def initialise(self, x: Tensor, target: Tensor, generator: torch.Generator) -> None:
         """Random directions; nothing has to be scaled."""
         self.W_dec.copy_(torch.randn(self.W_dec.shape, generator=generator))
-        self.W_dec /= self.row_norms()[:, None]
+        self.W_dec.div_(self.row_norms()[:, None])
 
     @torch.no_grad()
     def constrain(self) -> None:
         """Rows of unit length at most: a longer one is chosen for its length and drives out the others."""
         super().constrain()
         if not self.unit_rows:
-            self.W_dec /= self.row_norms().clamp(min=1)[:, None]
+            self.W_dec.div_(self.row_norms().clamp(min=1)[:, None])
 
     @torch.no_grad()
     def fold(self, source: Scaling, target: Scaling) -> None:
