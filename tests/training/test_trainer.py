@@ -19,6 +19,7 @@ from unbraid.activations.stream import batches
 from unbraid.manifest.errors import UserError
 from unbraid.manifest.record import check_files
 from unbraid.sae.base import SAE
+from unbraid.sae.objective import StepContext
 from unbraid.training import run as training_run
 from unbraid.training.checkpoint import Checkpoint
 from unbraid.training.config import TrainConfig
@@ -128,6 +129,28 @@ def test_rows_of_matching_pursuit_may_become_short_and_never_long(
     assert float(lengths.max()) < 1.0001 and (float(lengths.min()) < 0.99) == short
 
 
+@pytest.mark.parametrize("longest", [0.001, 1e9])
+def test_gradients_are_clipped_all_together(store: ActivationStore, tmp_path: Path, longest: float) -> None:
+    plain, clipped = (
+        Run(
+            _sources(store),
+            replace(SMALL, kernels="plain", steps=1, max_grad_norm=norm),
+            tmp_path / f"{norm}",
+        )
+        for norm in (0.0, longest)
+    )
+    (x,) = batches(store, store.sites[0], 256, seed=5, steps=1)
+    for run in (plain, clipped):
+        context = StepContext(torch.zeros(SMALL.d_sae, dtype=torch.bool))
+        run.stepper.step(run.scaling(x), run.scaling(x), context, 1, 1e-3)
+    whole = torch.cat([mean.flatten() for mean in plain.optimizer.mean.values()])
+    found = torch.cat([mean.flatten() for mean in clipped.optimizer.mean.values()])
+    # Adam's first mean is a tenth of the gradient. The loss is a mean over dimensions, the bound for a sum.
+    bound = 0.1 * longest / x.shape[1]
+    torch.testing.assert_close(found, whole * min(1.0, bound / float(whole.norm())), rtol=1e-3, atol=1e-9)
+    assert "clipped" in clipped.stepper.name and "clipped" not in plain.stepper.name
+
+
 def test_a_given_beta2_is_what_adam_takes_its_steps_with(store: ActivationStore, tmp_path: Path) -> None:
     assert SAE.beta2 == 0.99
     weights = []
@@ -208,6 +231,7 @@ def test_dead_latents_are_revived(store: ActivationStore, tmp_path: Path) -> Non
         ({"architecture": "relu", "options": {"l1": -1.0}}, "option l1"),
         ({"resample_every": -1}, "resample_every is -1"),
         ({"beta2": 1.0}, "beta2 is 1.0"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm is -1.0"),
         ({"steps": 0}, "steps is 0"),
         ({"lr": float("nan")}, "lr is nan"),
         ({"threads": 0}, "threads is 0"),

@@ -40,6 +40,10 @@ class LoopOptions:
     that are sums of features, with nothing added, do without (benchmarks/RESULTS.md, "synthetic")."""
     beta2: float | None = None
     """Adam's β₂, how slowly the mean square of gradients forgets; the architecture's own when left out."""
+    max_grad_norm: float = 0.0
+    """Length to which the gradient of a token's squared error, the mean over a batch, is cut where it is
+    longer, in plain PyTorch; 0 for never. With a β₂ of 0.999 the first gradients, large ones, slow Adam down
+    for long."""
     resample_every: int = 0
     """Steps after which dead latents start anew where the loss is highest; 0 for never."""
     calibration_tokens: int = 65_536
@@ -118,7 +122,7 @@ class TrainConfig(TrainOptions):
             raise UserError(f"device {self.device!r} cannot be used here; choose --device cpu") from error
         if self.threads is not None and self.threads < 1:
             raise UserError(f"threads is {self.threads}; choose 1 or more")
-        for name in ("peak_lr", "auxk_alpha"):
+        for name in ("peak_lr", "auxk_alpha", "max_grad_norm"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(
                     f"{name.removeprefix('peak_')} is {getattr(self, name)}; choose a number of 0 or more"

@@ -65,7 +65,9 @@ class Run:
             self.scaling, self.target_scaling = self.scaling.uncentred(), self.target_scaling.uncentred()
         self.sae = self._initialised()
         self.optimizer = Adam(self.sae, config.beta2)
-        self.stepper = stepper(self.sae, self.optimizer, config.kernels, config.precision)
+        self.stepper = stepper(
+            self.sae, self.optimizer, config.kernels, config.precision, config.max_grad_norm
+        )
         self.step = 0
         # Tokens since each latent last fired; since the last log: squared error, Σ‖target − its mean‖²,
         # active latents, tokens.

@@ -22,12 +22,17 @@ from unbraid.training.step import PlainStep, Products, Stepper
 Kernels = Literal["auto", "plain"]
 
 
-def stepper(sae: SAE, optimizer: Adam, kernels: Kernels = "auto", precision: Products = "float32") -> Stepper:
+def stepper(
+    sae: SAE, optimizer: Adam, kernels: Kernels = "auto", precision: Products = "float32",
+    max_grad_norm: float = 0.0,
+) -> Stepper:  # fmt: skip
     """Compiled loops or a GPU's kernels for what they serve; PyTorch's operations, with products of that
-    precision, otherwise."""
-    if kernels == "auto" and gpu.fits(sae):
+    precision, otherwise, as where gradients are clipped: loops never have them all at once."""
+    fast = kernels == "auto" and not max_grad_norm
+    if fast and gpu.fits(sae):
         return gpu.GPUTopKStep(sae, optimizer)
-    return (compiled(sae, optimizer) if kernels == "auto" else None) or PlainStep(sae, optimizer, precision)
+    plain = PlainStep(sae, optimizer, precision, max_grad_norm)
+    return (compiled(sae, optimizer) if fast else None) or plain
 
 
 def compiled(sae: SAE, optimizer: Adam, *, precision: Precision | None = None) -> CompiledStep | None:
