@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from unbraid.cli import main
+from unbraid.cli.sweep import _show  # pyright: ignore[reportPrivateUsage]
 from unbraid.manifest.record import read_manifest
 
 
@@ -36,3 +37,20 @@ def test_a_buffer_belongs_to_follow(words: list[str], capsys: pytest.CaptureFixt
     assert main([*words, "--buffer-tokens", "100"]) == 2
     said = capsys.readouterr().err.strip()
     assert said.endswith("--buffer-tokens belongs to --follow; add it or leave it out") and "\n" not in said
+
+
+def test_the_table_folds_a_long_name_and_no_number(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    values = {"l0": 15.8, "fvu": 0.0963, "delta_ce": 0.288, "dead": 0.125}
+    metrics = {name: {"value": v, "low": v * 0.9, "high": v * 1.1} for name, v in values.items()}
+    name = "matching_pursuit-w1024-k16-short_rows=false"
+    point = {"point": name, "seeds": 3, "metrics": metrics, "front_fvu": True, "front_delta_ce": False}
+    _show({"tokens": 20_000, "points": [point]}, Path("sweep"))
+    said = capsys.readouterr().out
+    assert "…" not in said
+    for number in ("15.8", "0.0963*", "0.0867", "0.106", "0.288", "0.259", "0.317", "12.5%"):
+        assert number in said
+    cells = [line.split("│")[1].strip() for line in said.splitlines() if line.startswith("│")]
+    assert "".join(cells) == name

@@ -93,8 +93,10 @@ def _say(what: str) -> None:
 def _show(found: Mapping[str, Any], out: Path) -> None:
     title = f"{found['tokens']:,} held-out tokens; 95 % intervals; * where no other is better in both"
     table = Table(title=title, title_justify="left")
-    for column in ("autoencoder", "seeds", "l0", "fvu", "delta_ce", "dead"):
-        table.add_column(column, no_wrap=column == "autoencoder")
+    table.add_column("autoencoder", overflow="fold")  # a long name gives way, no number does
+    for column in ("seeds", "l0", "fvu", "delta_ce", "dead"):
+        interval = column in ("fvu", "delta_ce")
+        table.add_column(column, no_wrap=not interval, min_width=len("(0.0123 to") if interval else None)
 
     def between(point: Mapping[str, Any], name: str) -> str:
         m = point["metrics"][name]
