@@ -89,6 +89,7 @@ OURS = ("lista", "matryoshka_jumprelu")
 """Architectures that SAELens has not."""
 FREE = ("topk", "jumprelu", "matryoshka_jumprelu")
 """Ours in which decoder rows may be free."""
+AUXK = TrainConfig.auxk_alpha
 MARGIN = 0.02
 """How far from the true number the mean number of latents that fire may stay, as a share."""
 
@@ -194,7 +195,7 @@ def ours(w: World, arch: str, lr: float, weight: float, seed: int, given: argpar
     config = TrainConfig(
         architecture=arch, d_sae=given.width, k=round(w.l0), lr=lr, steps=given.steps,
         batch_size=given.batch, seed=seed, options=options, checkpoint_every=10**9, centre=given.centre,
-        beta2=given.beta2, max_grad_norm=given.max_grad_norm,
+        beta2=given.beta2, max_grad_norm=given.max_grad_norm, auxk_alpha=given.auxk_alpha,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
         return Judged(train(w.store, SITE, config, Path(place) / "sae"))
@@ -310,6 +311,7 @@ class Bench:
         how += " not centred" * (tool == "unbraid" and not self.given.centre)
         how += f" beta2={self.given.beta2}" * (tool == "unbraid" and self.given.beta2 is not None)
         how += f" clipped={self.given.max_grad_norm}" * (tool == "unbraid" and self.given.max_grad_norm > 0)
+        how += f" auxk={self.given.auxk_alpha}" * (tool == "unbraid" and self.given.auxk_alpha != AUXK)
         how += " free rows" * (tool == "unbraid" and self.given.free_rows and arch in FREE)
         row = self.once(f"tool={tool}{how} arch={arch} lr={lr:g} weight={weight:.6g} seed={seed}", work)
         say(
@@ -408,6 +410,7 @@ def main() -> None:
     )
     parser.add_argument("--beta2", type=float, help="Adam's β₂ of ours; SAELens's is 0.999")
     parser.add_argument("--max-grad-norm", type=float, default=0.0, help="clips ours; SAELens clips at 1")
+    parser.add_argument("--auxk-alpha", type=float, default=AUXK, help="weight of AuxK in ours")
     parser.add_argument("--keep", type=Path, help="JSON Lines of what was finished, read and added to")
     parser.add_argument("--out", type=Path, help="file for the result as JSON")
     given = parser.parse_args()
