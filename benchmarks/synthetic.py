@@ -307,12 +307,15 @@ class Bench:
             row = judge(TOOLS[tool](w, arch, lr, weight, seed, self.given), w, seed)
             return row | {"seconds": time.monotonic() - started}
 
-        how = " scaled" * (tool == "saelens" and self.given.scaled)
-        how += " not centred" * (tool == "unbraid" and not self.given.centre)
-        how += f" beta2={self.given.beta2}" * (tool == "unbraid" and self.given.beta2 is not None)
-        how += f" clipped={self.given.max_grad_norm}" * (tool == "unbraid" and self.given.max_grad_norm > 0)
-        how += f" auxk={self.given.auxk_alpha}" * (tool == "unbraid" and self.given.auxk_alpha != AUXK)
-        how += " free rows" * (tool == "unbraid" and self.given.free_rows and arch in FREE)
+        how, given = "", self.given
+        if tool == "saelens":
+            how += " scaled" * given.scaled
+        else:
+            how += " not centred" * (not given.centre)
+            how += f" beta2={given.beta2}" * (given.beta2 is not None)
+            how += f" clipped={given.max_grad_norm}" * (given.max_grad_norm > 0)
+            how += f" auxk={given.auxk_alpha}" * (given.auxk_alpha != AUXK)
+            how += " free rows" * (given.free_rows and arch in FREE)
         row = self.once(f"tool={tool}{how} arch={arch} lr={lr:g} weight={weight:.6g} seed={seed}", work)
         say(
             f"  seed {seed} {tool:8} {arch:11} lr {lr:g} weight {weight:.3g} "
