@@ -4,14 +4,17 @@
     python benchmarks/synthetic.py --arch topk --seeds 0 --samples 200000     # a part of it
     python benchmarks/synthetic.py --keep runs.jsonl     # what is there already is not trained again
     python benchmarks/synthetic.py --scaled --arch jumprelu     # SAELens, too, on centred and scaled samples
+    python benchmarks/synthetic.py --arch topk --defaults     # ours as `unbraid train` has it by itself
+    python benchmarks/synthetic.py --arch topk --set beta2=0.95     # what else ours are to be given
 
 The world is SAELens's own `SyntheticModel`: features in superposition that fire by Zipf's law, correlated, in
 a hierarchy. Its samples go to disk as a capture; `unbraid.training` trains on it, and SAELens's `SAETrainer`
 is fed the very same batches in the same order. An architecture has one learning rate for both tools, out of
 the same few: that with which the first seed's explained variance, the mean of both, is best: what one can go
 by who does not know the features. The weights of L1 and L0 terms are searched for at every rate, for each
-tool, until as many latents fire as features do. Everything is judged by SAELens's own evaluation, on samples
-none has seen:
+tool and in every seed's world, until as many latents fire as features do. Ours are trained with what suits
+planted features (`SUITED`), SAELens's with its own defaults. Everything is judged by SAELens's own
+evaluation, on samples none has seen:
 
 MCC: mean |cosine| of the best one-to-one matching of decoder rows and features. F1: of each latent as a
 detector of the feature closest to it. EV: explained variance.
@@ -87,9 +90,15 @@ FIXED = ("topk", "batchtopk", "matryoshka", "lista", "matching_pursuit")
 """Architectures in which k fixes how many latents fire."""
 OURS = ("lista", "matryoshka_jumprelu")
 """Architectures that SAELens has not."""
-FREE = ("topk", "jumprelu", "matryoshka_jumprelu")
-"""Ours in which decoder rows may be free."""
-AUXK = TrainConfig.auxk_alpha
+SUITED: dict[str, dict[str, Any]] = {
+    "topk": {
+        "free_rows": True, "centre": False, "beta2": 0.999, "max_grad_norm": 1.0, "auxk_alpha": 0.0,
+    },
+    "jumprelu": {"free_rows": True},
+    "matching_pursuit": {"centre": False},
+}  # fmt: skip
+"""What ours are given here that `unbraid train` does not give by itself: fields of `TrainConfig` and options
+of the architecture. On a model's activations most of it costs FVU (`RESULTS.md`)."""
 MARGIN = 0.02
 """How far from the true number the mean number of latents that fire may stay, as a share."""
 
@@ -188,17 +197,29 @@ def ours(w: World, arch: str, lr: float, weight: float, seed: int, given: argpar
         "lista": {"widths": widths},
         "relu": {"l1": weight},
         "gated": {"l1": weight},
-        "topk": {"free_rows": given.free_rows},
-        "jumprelu": {"l0": weight, "free_rows": given.free_rows},
-        "matryoshka_jumprelu": {"l0": weight, "widths": widths, "free_rows": given.free_rows},
+        "jumprelu": {"l0": weight},
+        "matryoshka_jumprelu": {"l0": weight, "widths": widths},
     }.get(arch, {})
+    fields = dict[str, Any]()
+    for name, value in settings(arch, given).items():
+        (fields if name in TrainConfig.__dataclass_fields__ else options)[name] = value
     config = TrainConfig(
         architecture=arch, d_sae=given.width, k=round(w.l0), lr=lr, steps=given.steps,
-        batch_size=given.batch, seed=seed, options=options, checkpoint_every=10**9, centre=given.centre,
-        beta2=given.beta2, max_grad_norm=given.max_grad_norm, auxk_alpha=given.auxk_alpha,
+        batch_size=given.batch, seed=seed, options=options, checkpoint_every=10**9, **fields,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
         return Judged(train(w.store, SITE, config, Path(place) / "sae"))
+
+
+def settings(arch: str, given: argparse.Namespace) -> dict[str, Any]:
+    """What ours of that architecture are given."""
+    return ({} if given.defaults else SUITED.get(arch, {})) | dict(given.set)
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """The name and the value, as JSON has it, of NAME=VALUE."""
+    name, _, value = text.partition("=")
+    return name, json.loads(value)
 
 
 def theirs(w: World, arch: str, lr: float, weight: float, seed: int, given: argparse.Namespace) -> Any:
@@ -307,15 +328,10 @@ class Bench:
             row = judge(TOOLS[tool](w, arch, lr, weight, seed, self.given), w, seed)
             return row | {"seconds": time.monotonic() - started}
 
-        how, given = "", self.given
-        if tool == "saelens":
-            how += " scaled" * given.scaled
-        else:
-            how += " not centred" * (not given.centre)
-            how += f" beta2={given.beta2}" * (given.beta2 is not None)
-            how += f" clipped={given.max_grad_norm}" * (given.max_grad_norm > 0)
-            how += f" auxk={given.auxk_alpha}" * (given.auxk_alpha != AUXK)
-            how += " free rows" * (given.free_rows and arch in FREE)
+        how = " scaled" * self.given.scaled
+        if tool == "unbraid":
+            its = sorted(settings(arch, self.given).items())
+            how = "".join(f" {name}={json.dumps(value)}" for name, value in its)
         row = self.once(f"tool={tool}{how} arch={arch} lr={lr:g} weight={weight:.6g} seed={seed}", work)
         say(
             f"  seed {seed} {tool:8} {arch:11} lr {lr:g} weight {weight:.3g} "
@@ -336,14 +352,15 @@ class Bench:
     def chosen(self, arch: str, rates: list[float]) -> dict[str, tuple[float, float]]:
         """For each tool the rate, the same one, and the weight with which the first seed's EV, the mean over
         tools, is best at the wanted L0."""
+        first = self.given.seeds[0]
         best, found = -math.inf, dict[str, tuple[float, float]]()
         tools = [tool for tool in TOOLS if tool == "unbraid" or arch not in OURS]
         weights = dict.fromkeys(tools, 1.0)
         for lr in rates:
             rows = dict[str, dict[str, float]]()
             for tool in tools:
-                weights[tool], rows[tool] = self.tuned(tool, arch, lr, weights[tool])
-                if arch not in FIXED and self.off(rows[tool]) > MARGIN:
+                weights[tool], rows[tool] = self.tuned(tool, arch, lr, weights[tool], first)
+                if arch not in FIXED and abs(self.off(rows[tool], first)) > math.log1p(MARGIN):
                     weights[tool] = 1.0  # no weight does it at this rate
                     break
             else:
@@ -354,28 +371,30 @@ class Bench:
             raise SystemExit(f"{arch}: at no rate do as many latents of both tools fire as features do")
         return found
 
-    def off(self, row: dict[str, float]) -> float:
-        """How far the first seed's L0 is from the wanted one, as a share."""
-        return abs(row["l0"] / self.l0(self.given.seeds[0]) - 1)
+    def off(self, row: dict[str, float], seed: int) -> float:
+        """Log of how many times as many latents fire as features do."""
+        return math.log(row["l0"] / self.l0(seed))
 
-    def tuned(self, tool: str, arch: str, lr: float, weight: float) -> tuple[float, dict[str, float]]:
+    def tuned(
+        self, tool: str, arch: str, lr: float, weight: float, seed: int
+    ) -> tuple[float, dict[str, float]]:
         """The weight of a sparsity term, from `weight` on, with which about as many latents fire as features
-        do with the first seed; and what came out with it.
+        do in that seed's world; and what came out with it.
 
         Searched as if log L0 were a straight line in log weight: through the nearest point and, where there
         is one, the nearest on the other side, whose distance counts half as much each time that a try stays
         on the first side (Illinois's false position).
         """
-        seed, tried = self.given.seeds[0], list[tuple[float, float, dict[str, float]]]()
+        tried = list[tuple[float, float, dict[str, float]]]()
         stayed = 0
         for _ in range(1 if arch in FIXED else self.given.search):
             row = self.run(tool, arch, lr, weight, seed)
-            now = math.log(row["l0"] / self.l0(seed))
+            now = self.off(row, seed)
             stayed = stayed + 1 if tried and now * tried[0][0] > 0 else 0
             tried.append((now, math.log(weight), row))
             tried.sort(key=lambda one: abs(one[0]))
             (off, at, row), *rest = tried
-            if self.off(row) <= MARGIN:
+            if abs(off) <= math.log1p(MARGIN):
                 break
             across = [one for one in rest if one[0] * off < 0]
             there, other, _ = (across or rest or [(off - 1.0, at + 1.0, row)])[0]
@@ -405,15 +424,11 @@ def main() -> None:
     parser.add_argument(
         "--scaled", action="store_true", help="give SAELens what our trainer makes of the samples"
     )
+    parser.add_argument("--defaults", action="store_true", help="leave out what suits planted features")
     parser.add_argument(
-        "--free-rows", action="store_true", help=f"train {', '.join(FREE)} of ours with free_rows"
-    )
-    parser.add_argument(
-        "--no-centre", dest="centre", action="store_false", help="leave the samples' mean in for ours, too"
-    )
-    parser.add_argument("--beta2", type=float, help="Adam's β₂ of ours; SAELens's is 0.999")
-    parser.add_argument("--max-grad-norm", type=float, default=0.0, help="clips ours; SAELens clips at 1")
-    parser.add_argument("--auxk-alpha", type=float, default=AUXK, help="weight of AuxK in ours")
+        "--set", nargs="+", type=setting, default=[], metavar="NAME=VALUE",
+        help="fields of TrainConfig and options of the architecture for ours, as JSON: beta2=0.999",
+    )  # fmt: skip
     parser.add_argument("--keep", type=Path, help="JSON Lines of what was finished, read and added to")
     parser.add_argument("--out", type=Path, help="file for the result as JSON")
     given = parser.parse_args()
@@ -430,7 +445,7 @@ def main() -> None:
             for tool in TOOLS:
                 found.setdefault((tool, "untrained"), []).append(bench.untrained(tool, seed))
             for (tool, arch), (lr, weight) in chosen.items():
-                found.setdefault((tool, arch), []).append(bench.run(tool, arch, lr, weight, seed))
+                found.setdefault((tool, arch), []).append(bench.tuned(tool, arch, lr, weight, seed)[1])
     report(found, chosen, given)
 
 
@@ -457,6 +472,7 @@ def report(
         print(line)
     if given.out:
         work = {k: v for k, v in vars(given).items() if k not in ("out", "keep")}
+        work |= {"settings": {arch: settings(arch, given) for arch in given.arch}}
         work |= {"chosen": {" ".join(of): {"lr": lr, "weight": w} for of, (lr, w) in chosen.items()}}
         ratios = {
             f"synthetic_{arch}_{n}_vs_saelens": sum(r[n] for r in found["unbraid", arch])
