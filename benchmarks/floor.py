@@ -1,14 +1,14 @@
-"""Where a TopK training step's time goes, and how far each part is from what this machine can do.
+"""Where a training step's time goes, and how far each part is from what this machine can do.
 
     make bench NAME=floor JSON=out.json
-    python benchmarks/floor.py --d 768 --width 16384
+    python benchmarks/floor.py --work topk_768 jumprelu     # a part of it
 
-First the machine's rates are measured, on all threads: the int8 product (of one tile again and again, out of
-the nearest cache; torch's float32 product where there is none), reading rows of a matrix in random order, and
-passing over memory. Then real steps run with a clock around each compiled loop; the parts of the
-choice of entries, which is one call, are clocked by making the calls of the last step again piece by piece. A
-part's floor is the work that it cannot avoid at those rates: for the product its multiplications, for the
-others the bytes that they fetch from outside a core's own cache.
+The work is that of `training.py`. First the machine's rates are measured, on all threads: the int8 product
+(of one tile again and again, out of the nearest cache; torch's float32 product where there is none), reading
+rows of a matrix in random order, and passing over memory. Then real steps run with a clock around each
+compiled loop; the parts of the choice of entries, which is one call, are clocked by making the calls of the
+last step again piece by piece. A part's floor is the work that it cannot avoid at those rates: for the
+product its multiplications, for the others the bytes that they fetch from outside a core's own cache.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from workers import unbraid
+from workers import nested, unbraid
 
-from training import machine, synthetic, versions
+from training import WORK, level, machine, synthetic, versions
 from unbraid.sae.kernels import cpu, loops
 
 ENTRIES = "entries_by_int8"
@@ -92,11 +92,12 @@ def rates(d: int, width: int, threads: int) -> dict[str, float]:
 
 
 class Clock:
-    """Time spent in functions, summed over threads, and the calls for entries."""
+    """Time spent in functions, summed over threads, the calls for entries, and how many took part."""
 
     def __init__(self) -> None:
         self.spent: defaultdict[str, float] = defaultdict(float)
         self.calls: list[dict[str, Any]] = []
+        self.entries = 0
         self.lock = threading.Lock()
 
     def around(self, module: Any, name: str) -> None:
@@ -111,6 +112,8 @@ class Clock:
                 if name == ENTRIES:
                     names = inspect.signature(inner.py_func).parameters
                     self.calls.append(dict(zip(names, args, strict=True)))
+                elif name == "of":
+                    self.entries = args[0][-1]
             return found
 
         setattr(module, name, timed)
@@ -160,39 +163,21 @@ def in_pieces(calls: list[dict[str, Any]], threads: int) -> tuple[dict[str, floa
     return {name: value / threads for name, value in spent.items()}, found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name, value in (
-        ("d", 512),
-        ("width", 8192),
-        ("batch", 4096),
-        ("k", 32),
-        ("steps", 24),
-        ("threads", 2),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--out", type=Path, help="file for the result as JSON")
-    given = parser.parse_args()
-    d, width, n, threads = given.d, given.width, given.batch, given.threads
+def step_of(settings: dict[str, Any], given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
+    """Milliseconds that each part of a step takes, and its floor; the rates, and what was counted."""
+    d, width, n, threads = settings["d"], settings["width"], given.batch, given.threads
     torch.set_num_threads(1)
     rate = rates(d, width, threads)
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
         x = synthetic(6 * n, d, 2 * width, 0)
         x[:n].tofile(Path(folder) / "x.bin")
-        step, _ = unbraid(
-            {"arch": "topk", "d": d, "width": width, "k": given.k, "batch": n, "seed": 0, "lr": 1e-3,
-             "folder": folder, "sparsity": 1.0, "bandwidth": 0.3, "level": 0.0}
-        )  # fmt: skip
+        settings = settings | {"folder": folder, "level": level(settings, torch.from_numpy(x[:1024]))}
+        step, _ = unbraid(settings)
     batches = torch.from_numpy(x).split(n)
     for i in range(given.steps // 2):  # compiled, and away from the start
         step(batches[i % 6])
-    clock = Clock()
-    for name in (ENTRIES, "best_entries", "decode_and_compare", "update"):
-        clock.around(loops, name)
-    clock.around(cpu.Lists, "of")
+    clock.spent.clear()
     whole: list[float] = []
     for i in range(given.steps):
         batch = batches[i % 6].clone()
@@ -207,36 +192,62 @@ def main() -> None:
         pieces, candidates = in_pieces(clock.calls, threads)
         spent |= pieces | {"between": spent.pop(ENTRIES) - sum(pieces.values())}
     spent["rest"] = median(whole) - sum(spent.values())
-    entries, row, matrix = n * given.k, 4 * d, 4 * d * width
+    row, matrix = 4 * d, 4 * d * width
+    errors = 1 + len(nested(settings)) if settings["arch"] == "matryoshka" else 1
     floors = {
         "rough_scores": 2 * n * d * width / rate["product"],
         "pre_activations": candidates * row / rate["rows"],
-        "decode_and_compare": entries * row / rate["rows"] + 2 * n * row / rate["pass"],
-        "update": 2 * entries * row / rate["rows"] + 12 * matrix / rate["pass"],
+        "decode_and_compare": clock.entries * row / rate["rows"] + (1 + errors) * n * row / rate["pass"],
+        "update": 2 * clock.entries * row / rate["rows"] + 12 * matrix / rate["pass"],
     }
-    print(
-        f"d {d}, width {width}, {threads} threads: product {rate['product'] / 1e9:,.0f} GOP/s, random rows "
-        f"{rate['rows'] / 1e9:.0f} GB/s, a pass {rate['pass'] / 1e9:.0f} GB/s"
-        + (f"; {candidates / n:.1f} candidates a row" if candidates else "")
+    return {
+        "ms": {name: 1000 * spent[name] for name in LABELS if name in spent} | {"step": 1000 * median(whole)},
+        "floor": {name: 1000 * f for name, f in floors.items()} | {"step": 1000 * sum(floors.values())},
+        "rate": rate, "candidates": candidates / n, "entries": clock.entries / n,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    print(f"{'':32}{'ms':>8}{'floor':>8}")
+    parser.add_argument("--work", nargs="+", choices=tuple(WORK), default=tuple(WORK))
+    for name, value in (("batch", 4096), ("k", 32), ("steps", 24), ("threads", 2)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--out", type=Path, help="file for the result as JSON")
+    given = parser.parse_args()
+    clock = Clock()
+    for name in (ENTRIES, "best_entries", "decode_and_compare", "update"):
+        clock.around(loops, name)
+    clock.around(cpu.Lists, "of")
     rows: list[dict[str, Any]] = []
-    for name, label in LABELS.items():
-        if name not in spent:
-            continue
-        floor = floors.get(name)
-        print(f"{label:32}{1000 * spent[name]:8.1f}" + (f"{1000 * floor:8.1f}" if floor else ""))
-        rows.append({"name": f"step_{name}", "value": 1000 * spent[name], "unit": "ms"})
-        if floor:
-            rows.append({"name": f"floor_{name}", "value": 1000 * floor, "unit": "ms"})
-    total = sum(floors.values())
-    print(f"{'step':32}{1000 * median(whole):8.1f}{1000 * total:8.1f}")
+    ratios: dict[str, float] = {}
+    for work in given.work:
+        arch, d, width = WORK[work]
+        settings = {
+            "arch": arch, "d": d, "width": width, "k": given.k, "batch": given.batch, "seed": 0, "lr": 1e-3,
+            "sparsity": 1.0, "bandwidth": 0.3,
+        }  # fmt: skip
+        found = step_of(settings, given, clock)
+        rate = found["rate"]
+        print(
+            f"{work}: d {d}, width {width}, {given.threads} threads; product {rate['product'] / 1e9:,.0f} "
+            f"GOP/s, random rows {rate['rows'] / 1e9:.0f} GB/s, a pass {rate['pass'] / 1e9:.0f} GB/s; "
+            f"{found['candidates']:.1f} candidates a row, {found['entries']:.1f} entries\n"
+            f"{'':32}{'ms':>8}{'floor':>8}"
+        )
+        for name, ms in found["ms"].items():
+            floor = found["floor"].get(name)
+            print(f"{LABELS.get(name, name):32}{ms:8.1f}" + (f"{floor:8.1f}" if floor else ""))
+            rows.append({"name": f"{work}_{name}", "value": ms, "unit": "ms"})
+        rows += [{"name": f"{work}_floor_{k}", "value": v, "unit": "ms"} for k, v in found["floor"].items()]
+        rows += [{"name": f"{work}_rate_{k}", "value": v, "unit": "1/s"} for k, v in rate.items()]
+        ratios[f"{work}_step_over_floor"] = found["ms"]["step"] / found["floor"]["step"]
+        print(flush=True)
     if given.out:
         result = {
             "work": {k: v for k, v in vars(given).items() if k != "out"}, "machine": machine(),
-            "versions": {"unbraid": versions(sys.executable)},
-            "rows": [*rows, *({"name": f"rate_{k}", "value": v, "unit": "1/s"} for k, v in rate.items())],
-            "ratios": {"step_over_floor": median(whole) / total},
+            "versions": {"unbraid": versions(sys.executable)}, "rows": rows, "ratios": ratios,
         }  # fmt: skip
         given.out.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -8,6 +8,7 @@ the same synthetic activations in the same order and take turns, `--steps` steps
 else the machine does meets all of them alike. Only ratios inside one run mean something. Afterwards every
 autoencoder is measured here, by the same code, on activations that none was trained on: fraction of variance
 unexplained, L0, and the share of latents that never fired there. The first round of each tool is not counted.
+Our loops are compiled beforehand, in a process of its own: once for a machine, and it takes memory.
 
 ReLU and JumpReLU begin with unit rows where k latents fire, in every tool, since they would need thousands of
 steps to get there.
@@ -80,6 +81,14 @@ class Worker:
     process: subprocess.Popen[str]
     step_ms: list[float]
 
+    @classmethod
+    def start(cls, name: str, python: str, folder: Path) -> Worker:
+        """A process for the tool, to write its weights to folder/name."""
+        (folder / name).mkdir(exist_ok=True)
+        command = [python, str(Path(__file__).with_name("workers.py")), name, str(folder)]
+        pipe = subprocess.PIPE
+        return cls(name, subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True), [])
+
     def ask(self, **words: Any) -> dict[str, Any]:
         """Send one request, wait for its answer."""
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -149,12 +158,11 @@ def compare(settings: dict[str, Any], tools: dict[str, str], rounds: int, steps:
         (folder / "settings.json").write_text(json.dumps(settings))
         held_out = torch.from_numpy(x[n:].copy())
         del x
-        workers = []
-        for tool, python in tools.items():
-            (folder / tool).mkdir()
-            command = [python, str(Path(__file__).with_name("workers.py")), tool, str(folder)]
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            workers.append(Worker(tool, process, []))
+        compiling = Worker.start("unbraid", tools["unbraid"], folder)
+        compiling.ask(steps=steps)
+        compiling.ask(finish=True)
+        compiling.process.wait()
+        workers = [Worker.start(tool, python, folder) for tool, python in tools.items()]
         for turn in range(rounds):
             for worker in workers:
                 answer = worker.ask(steps=steps)
