@@ -91,9 +91,12 @@ class OwnThresholdStep(ThresholdStep):
 
     def step(self, x: Tensor, target: Tensor, context: StepContext, number: int, lr: float) -> StepReport:
         """One optimiser step, by whichever way is the faster."""
-        with torch.no_grad():
-            share = float((self.own.pre_activations(self.sample(x)) > self.own.edge()).float().mean())
-        if share >= DENSE_SHARE:
+        if self.stale:
+            self.refresh()
+            self.stale = False
+        sample = self.own.centred(self.sample(x)).detach()
+        starts, *_ = self.screen.above(sample, self.edge())
+        if starts[-1] >= DENSE_SHARE * len(sample) * self.sae.config.d_sae:
             before = torch.get_num_threads()
             torch.set_num_threads(self.threads)
             try:
@@ -102,15 +105,15 @@ class OwnThresholdStep(ThresholdStep):
                 torch.set_num_threads(before)
             self.stale = True
             return report
-        if self.stale:
-            self.refresh()
-            self.stale = False
         return super().step(x, target, context, number, lr)
 
     def select(self, x: Tensor, number: int) -> Fired:
         """All entries above the edge."""
-        edge = self.own.edge().expand(self.sae.config.d_sae).contiguous().numpy()
-        return self.entries_above(x, edge)
+        return self.entries_above(x, self.edge())
+
+    def edge(self) -> F32:
+        """Every latent's, (F,)."""
+        return self.own.edge().expand(self.sae.config.d_sae).contiguous().numpy()
 
 
 class ReLUStep(OwnThresholdStep):
