@@ -192,6 +192,17 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def _unlike(found: dict[str, bytes], expected: dict[str, bytes]) -> list[tuple[str, bytes, bytes]]:
+    """Files that are not the same, each with what is around the first difference."""
+    unlike = list[tuple[str, bytes, bytes]]()
+    for name in sorted(found.keys() | expected.keys()):
+        one, other = found.get(name, b""), expected.get(name, b"")
+        if name not in found or name not in expected or one != other:
+            at = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 80)
+            unlike.append((name, one[max(0, at - 80) : at + 80], other[max(0, at - 80) : at + 80]))
+    return unlike
+
+
 @pytest.fixture(scope="module")
 def inputs(
     tiny_llama: Path,
@@ -233,7 +244,7 @@ def test_kills_leave_no_trace(inputs: tuple[Path, Path, Path], tmp_path: Path, w
                     missed += at is not None
                     break
                 hit.append(said[-1].place)
-            assert _files(tmp_path / "killed") == expected
+            assert _unlike(_files(tmp_path / "killed"), expected) == [], hit
             assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
             shutil.rmtree(tmp_path / "killed")
     finally:
