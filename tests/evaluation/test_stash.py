@@ -23,3 +23,12 @@ def test_tensors_come_back_and_what_had_no_room_is_absent() -> None:
             assert found is not None and found.dtype == tensors[number].dtype
             assert torch.equal(found, tensors[number])
         assert stash[3] is None
+
+
+def test_a_tensor_comes_back_where_a_new_one_would_lie() -> None:
+    # A product of the same numbers is rounded otherwise where they begin within a cache line.
+    with Stash() as stash:
+        for n in range(1, 60):
+            stash.add(torch.ones(n, 3 * n))
+        found = [stash[number] for number in range(59)]
+    assert [t.data_ptr() % 64 for t in found if t is not None] == [0] * 59

