@@ -22,7 +22,7 @@ SITE = "layers.2.resid_post"
 def _unbraid(*words: str | Path, code: int = 0) -> str:
     """Run the command line in a process of its own; returns what it printed (stderr when it should fail)."""
     environment = os.environ | {"PYTHONPATH": str(Path(unbraid.__file__).parents[1]), "OMP_NUM_THREADS": "2"}
-    command = [sys.executable, "-m", "unbraid.cli", *map(str, words)]
+    command = [sys.executable, "-m", "unbraid", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1500)
     assert done.returncode == code, done.stderr
     return done.stderr if code else done.stdout

@@ -39,7 +39,7 @@ def reading(model: Path, text: Path) -> list[str]:
 
 def process(*words: str) -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHONPATH": str(Path(unbraid.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "unbraid.cli", *words]
+    command = [sys.executable, "-m", "unbraid", *words]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )

@@ -179,7 +179,7 @@ def test_verify_on_the_command_line_exits_with_1(demo: tuple[Path, dict[str, Any
     with (out / "policy.yaml").open("ab") as file:
         file.write(b"\n")
     done = subprocess.run(
-        [sys.executable, "-m", "unbraid.cli", "verify", str(out)], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "unbraid", "verify", str(out)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1 and "policy.yaml" in done.stderr
 

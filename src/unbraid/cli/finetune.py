@@ -63,8 +63,11 @@ def run(options: Options) -> None:
     if options.json:
         print(json.dumps({"out": str(options.out), "id": manifest.id, **facts}, indent=2, ensure_ascii=False))
         return
+    kl = f"was {facts['kl_last']:.4f} nats (its log's one line)"
+    if options.config.steps > options.config.log_every:
+        kl = f"went from {facts['kl_first']:.4f} to {facts['kl_last']:.4f} nats (its log's ends)"
     print(
-        f"{options.out}: {facts['architecture']} at {facts['site']} of {facts['model']}; over this text "
-        f"KL went from {facts['kl_first']:.4f} to {facts['kl_last']:.4f} nats (its log's ends), "
-        f"fvu {facts['fvu_last']:.4f}, l0 {facts['l0']:.1f}; measure it on other text with evaluate"
+        f"{options.out}: {facts['architecture']} at {facts['site']} of {facts['model']}; "
+        f"over this text KL {kl}, fvu {facts['fvu_last']:.4f}, l0 {facts['l0']:.1f}; "
+        "measure it on other text with evaluate"
     )

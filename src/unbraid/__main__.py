@@ -1,4 +1,4 @@
-"""`python -m unbraid.cli` is `unbraid`."""
+"""`python -m unbraid` is `unbraid`."""
 
 from __future__ import annotations
 
